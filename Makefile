@@ -1,0 +1,73 @@
+# What one does here. `make` lists it.
+
+# The first Python that runs and is new enough: a name on PATH may be a shim for a version that is not there.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	"$$python" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/hotgraph/v1/*.proto)
+CODE := server clients/python graphcache benchmarks tests hatch_build.py
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench clean
+
+help: ## list what one can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.server ## set everything up, start the daemon, chat with a real model, stop it
+	@$(BIN)/hotgraph demo
+
+install: $(VENV)/.dev ## set up .venv with the package, its stubs and all tools
+
+protos: $(VENV)/.dev ## generate the Python stubs again after an edit of protos/
+	@$(BIN)/python hatch_build.py
+
+fmt: $(VENV)/.dev ## format the code and the protos
+	@$(BIN)/ruff check --fix-only --quiet $(CODE)
+	@$(BIN)/ruff format --quiet $(CODE)
+	@$(BIN)/buf format --write protos
+
+check: $(VENV)/.dev protos ## lint, types, import contracts, the wire contract
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy server/hotgraph_server clients/python/hotgraph_client graphcache hatch_build.py benchmarks tests
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf breaking --against tests/contract/v1.binpb
+
+contract: $(VENV)/.dev ## take the protos as they are for what later changes may not break
+	$(BIN)/buf breaking --against tests/contract/v1.binpb
+	$(BIN)/buf build --exclude-source-info --output tests/contract/v1.binpb
+
+test: $(VENV)/.dev protos ## set everything up and pass all tests that need no GPU
+	@tests/smoke/install_grpcurl.sh
+	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGUMENTS)
+
+test-clients: $(VENV)/.dev protos ## the clients against the real daemon
+	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
+
+test-gpu: protos ## the tests that need an NVIDIA GPU, with the Python that has torch there
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
+
+bench: $(VENV)/.dev protos ## tokens a second against transformers' generate, on this machine
+	$(BIN)/hotgraph bench --compare-transformers $(BENCH_ARGUMENTS)
+
+clean: ## remove what was built; the models in the user's cache stay
+	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find protos -name '*_pb2*' -delete
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "hotgraph needs Python 3.11 or 3.12 on PATH (or PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: an install is done again when what it depends on has changed.
+$(VENV)/.server: $(BIN)/python pyproject.toml hatch_build.py $(PROTOS)
+	$(PIP_INSTALL) --editable '.[server]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml hatch_build.py $(PROTOS)
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.server

@@ -1,0 +1,89 @@
+"""One capture from binding to verification, on the capture thread. It knows the program and the backend, not the cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from graphcache.clock import Clock
+from graphcache.errors import CaptureError
+from graphcache.interface import Backend, Captured, Program
+
+K = TypeVar("K", bound=Hashable)
+R = TypeVar("R")
+
+log = logging.getLogger("graphcache")
+
+MISMATCH = "verification found other results than the eager ones"
+
+
+class MismatchError(CaptureError):
+    """A replay gave another result than the eager run."""
+
+
+class Capturer(Generic[K]):
+    """Runs the phases and turns whatever goes wrong into a CaptureError with a fixed text; the rest goes to the log."""
+
+    def __init__(self, program: Program[K], backend: Backend, clock: Clock, *, checkpoint: Callable[[], None]) -> None:
+        self._program = program
+        self._backend = backend
+        self._clock = clock
+        self._checkpoint = checkpoint
+        self._is_started = False
+
+    def open(self) -> None:
+        """Starts the backend unless it is. Raises CaptureError; the next call tries again."""
+        if not self._is_started:
+            self._guard("the backend did not start", lambda: self._backend.start(self._checkpoint))
+            self._is_started = True
+
+    def close(self) -> None:
+        """Closes the backend if it was started. What it raises is logged."""
+        if self._is_started:
+            self._is_started = False
+            try:
+                self._backend.close()
+            except Exception:
+                log.exception("the backend %s did not close", self._backend.name)
+
+    def capture(self, key: K, name: str) -> Captured:
+        """Binds and captures. Raises CaptureError, and then holds nothing."""
+        self.open()
+        work = self._guard(f"binding {name} failed", lambda: self._program.bind(key))
+        self._checkpoint()
+        return self._guard(f"capturing {name} failed", lambda: self._backend.capture(name, work))
+
+    def verify(self, key: K, name: str, captured: Captured) -> float | None:
+        """Compares a replay with the eager result; returns the seconds it took, None where no replay can differ.
+
+        Raises MismatchError, or CaptureError when it cannot tell; `captured` is destroyed then.
+        """
+        if not self._backend.needs_verification:
+            return None
+        started = self._clock.monotonic()
+        try:
+            self._checkpoint()
+            is_equal = self._guard(f"verifying {name} failed", lambda: self._program.verify(key, captured.replay))
+            if not is_equal:
+                raise MismatchError(MISMATCH)
+        except BaseException:
+            self.destroy(name, captured)
+            raise
+        return self._clock.monotonic() - started
+
+    def destroy(self, name: str, captured: Captured) -> None:
+        """What it raises is logged: there is nothing else to do."""
+        try:
+            captured.destroy()
+        except Exception:
+            log.exception("destroying %s failed", name)
+
+    def _guard(self, failure: str, call: Callable[[], R]) -> R:
+        try:
+            return call()
+        except CaptureError:
+            raise
+        except Exception as error:
+            log.exception("%s", failure)
+            raise CaptureError(f"unexpected {type(error).__name__}; the log has it") from error

@@ -1,0 +1,82 @@
+"""What the cache asks of its user and of what captures: `Program`, `Backend`, `Captured`. No torch here, nor needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeVar
+
+K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
+
+
+class Program(Protocol[K_contra]):
+    """What is captured, given by the user. Every method is called on the capture thread."""
+
+    def bind(self, key: K_contra) -> Callable[[], None]:
+        """The work for `key`, over static buffers: no arguments, no result, the same pointers at each call.
+
+        Loads and compiles everything the work needs, now: a capture must not. Raises CaptureError.
+        """
+        ...
+
+    def verify(self, key: K_contra, replay: Callable[[], None]) -> bool:
+        """Whether `replay` gives the eager result on inputs other than those it was captured with.
+
+        Must not disturb what is being served: it has buffers of its own, or waits for a gap. Raises CaptureError.
+        """
+        ...
+
+
+class Captured(Protocol):
+    """One recording of a program's work."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that destroying it gives back, measured; the cache's ledger counts it."""
+        ...
+
+    @property
+    def record_seconds(self) -> float: ...
+
+    @property
+    def instantiate_seconds(self) -> float: ...
+
+    def replay(self) -> None:
+        """Runs the work again: launches it, where there is a device. Called on the serving thread; must be cheap."""
+        ...
+
+    def destroy(self) -> None:
+        """Frees it, or keeps it for reuse by a later capture. Called once, on the capture thread, with no use left."""
+        ...
+
+
+class Backend(Protocol):
+    """How work is captured. Every method is called on the capture thread, which is the same one for the cache's life."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_fixed_shape(self) -> bool:
+        """Whether a capture runs for its bucket's whole shape, so that smaller steps must be padded to it."""
+        ...
+
+    @property
+    def needs_verification(self) -> bool:
+        """Whether a replay could differ from the eager run at all."""
+        ...
+
+    def start(self, checkpoint: Callable[[], None]) -> None:
+        """Before the first capture: make streams, warm libraries on this thread. Raises CaptureError; tried again later.
+
+        Between the phases of a capture the backend may call `checkpoint()`, which returns when the capture may go on:
+        it waits while captures are paused.
+        """
+        ...
+
+    def capture(self, name: str, work: Callable[[], None]) -> Captured:
+        """Records `work` and makes it launchable. Raises CaptureError, and then holds nothing of it."""
+        ...
+
+    def close(self) -> None:
+        """After the last destroy. Called only if `start` succeeded."""
+        ...

@@ -1,0 +1,168 @@
+"""What the capture thread does at each step: take in misses, keep the budget, destroy, report, capture the next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+from graphcache.capture import Capturer, MismatchError
+from graphcache.core import NEW_SAMPLE_WEIGHT, CacheCore
+from graphcache.entry import Entry
+from graphcache.errors import CaptureError
+from graphcache.events import EventType
+from graphcache.graph import CaptureTimings
+from graphcache.interface import Captured
+from graphcache.store import NO_ROOM
+from graphcache.worker import Signal
+
+K = TypeVar("K", bound=Hashable)
+
+log = logging.getLogger("graphcache")
+
+
+class CaptureTask(Generic[K]):
+    """The capture thread's work. All methods run on that thread, or where there is none, on one caller's."""
+
+    def __init__(self, core: CacheCore[K], capturer: Capturer[K], signal: Signal, *, shut_seconds: float) -> None:
+        self._core = core
+        self._capturer = capturer
+        self._signal = signal
+        self._shut_seconds = shut_seconds
+        self._report_monotonic = core.clock.monotonic() + core.settings.statistics_interval_seconds
+
+    def open(self) -> None:
+        """Starts the backend. Raises CaptureError; the first capture tries again."""
+        self._capturer.open()
+
+    def step(self) -> float:
+        """Captures one graph if one may be captured now, and says 0; else how long there is nothing to do."""
+        return 0.0 if self.capture_next() else self._idle_seconds()
+
+    def capture_next(self) -> bool:
+        """Housekeeping, then at most one capture. Whether there was one, successful or not."""
+        core = self._core
+        with core.changing():
+            core.take_misses()
+            core.store.settle()
+            self._report()
+        self._destroy_idle()
+        with core.changing():
+            if not self._may_capture():
+                return False
+            entry = core.store.entries[core.pending.pop()]
+            # Asked before the work for a size that is known or guessed, and again after it for the measured one; who has
+            # to go does so only then, so that a capture that fails costs nobody a graph.
+            if core.store.victims(entry, entry.size_bytes) is None:
+                core.store.fail(entry, NO_ROOM)
+                return True
+            core.store.begin(entry)
+        self._capture(entry)
+        self._destroy_idle()
+        return True
+
+    def shut(self) -> None:
+        """Empties queue and cache, destroys every graph once nothing uses it, closes the backend."""
+        core = self._core
+        with core.changing():
+            core.is_closed = True
+            for key in core.pending.clear():
+                core.store.unplan(core.store.entries[key], "the cache was closed")
+            for key in tuple(core.store.published):
+                entry = core.store.entries[key]
+                core.store.unpin(entry, "the cache was closed")
+                core.store.evict(entry, "the cache was closed")
+        deadline = core.clock.monotonic() + self._shut_seconds
+        self._destroy_idle()
+        while core.store.retired and core.clock.monotonic() < deadline:
+            self._signal.wait(deadline - core.clock.monotonic())
+            self._destroy_idle()
+        if core.store.retired:
+            names = ", ".join(retired.graph.name for retired in core.store.retired)
+            log.error("these graphs were still in use when the cache was closed, and are left as they are: %s", names)
+        else:
+            self._capturer.close()
+
+    def _may_capture(self) -> bool:
+        core = self._core
+        if not core.pending or core.governor.delay_seconds(is_serving=core.is_serving) > 0:
+            return False
+        # Graphs that are evicted but still in use hold their memory: no new ones on top, until the fence is passed.
+        ledger = core.store.ledger
+        return ledger.retiring_bytes == 0 or ledger.used_bytes + ledger.retiring_bytes <= ledger.graph_limit_bytes
+
+    def _capture(self, entry: Entry[K]) -> None:
+        core = self._core
+        started = core.clock.monotonic()
+        try:
+            captured, timings = self._record(entry, started)
+        except MismatchError as error:
+            with core.changing():
+                core.store.quarantine(entry, str(error))
+        except CaptureError as error:
+            with core.changing():
+                core.store.fail(entry, str(error))
+        else:
+            self._publish(entry, captured, timings)
+        seconds = core.clock.monotonic() - started
+        with core.changing():
+            core.capture_seconds += NEW_SAMPLE_WEIGHT * (seconds - core.capture_seconds)
+            core.governor.charge(seconds, is_serving=core.is_serving)
+
+    def _record(self, entry: Entry[K], started: float) -> tuple[Captured, CaptureTimings]:
+        """Raises CaptureError, and then nothing is left of it."""
+        core = self._core
+        captured = self._capturer.capture(entry.key, entry.name)
+        with core.changing():
+            core.store.tell_progress(EventType.CAPTURED, entry)
+        verify_seconds = self._capturer.verify(entry.key, entry.name, captured)
+        if verify_seconds is not None:
+            with core.changing():
+                core.store.tell_progress(EventType.VERIFIED, entry)
+        return captured, CaptureTimings(
+            queue_seconds=started - entry.queued_monotonic,
+            record_seconds=captured.record_seconds,
+            instantiate_seconds=captured.instantiate_seconds,
+            verify_seconds=verify_seconds or 0.0,
+        )
+
+    def _publish(self, entry: Entry[K], captured: Captured, timings: CaptureTimings) -> None:
+        core = self._core
+        with core.changing():
+            core.store.settle()
+            victims = core.store.victims(entry, captured.size_bytes)
+            if victims is not None:
+                for victim in victims:
+                    core.store.evict(victim, "for one that is wanted more")
+                core.store.publish(entry, captured, timings)
+            else:
+                entry.size_bytes = captured.size_bytes  # known from now on: not captured again in vain
+                core.store.fail(entry, NO_ROOM)
+        if victims is None:
+            self._capturer.destroy(entry.name, captured)
+
+    def _destroy_idle(self) -> None:
+        core = self._core
+        with core.changing():
+            idle = core.store.take_idle()
+        for retired in idle:
+            retired.graph.disarm()
+            self._capturer.destroy(retired.graph.name, retired.captured)
+            with core.changing():
+                core.store.ledger.free(retired.size_bytes)
+
+    def _report(self) -> None:
+        now = self._core.clock.monotonic()
+        if now >= self._report_monotonic:
+            self._report_monotonic = now + self._core.settings.statistics_interval_seconds
+            self._core.store.report_statistics()
+
+    def _idle_seconds(self) -> float:
+        core = self._core
+        with core.changed:
+            seconds = core.settings.statistics_interval_seconds
+            if core.pending:
+                delay_seconds = core.governor.delay_seconds(is_serving=core.is_serving)
+                if delay_seconds > 0:  # 0: what it waits for is a release, which wakes
+                    seconds = min(seconds, delay_seconds)
+            return seconds

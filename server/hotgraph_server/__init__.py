@@ -1,0 +1,1 @@
+"""The hotgraph daemon: one language model hot on one device, shared over gRPC."""

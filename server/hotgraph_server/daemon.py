@@ -1,0 +1,391 @@
+"""The daemon: builds the parts, listens, loads, serves, drains, stops. The only place that knows all of them.
+
+Nothing else in the process starts or ends anything. It logs through `logging`; how that looks is the command line's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import uvloop
+
+from graphcache import CacheSettings, Clock, Profile, SystemClock
+from hotgraph_server.batch import StepKey
+from hotgraph_server.config import Settings
+from hotgraph_server.engine.interface import Engine
+from hotgraph_server.errors import (
+    AddressInUseError,
+    DrainingError,
+    HotgraphError,
+    ModelLoadError,
+    NotPossibleError,
+    SettingsError,
+)
+from hotgraph_server.rpc import TRANSITIONS, DaemonState, Lifecycle, RpcServer, ServedModel
+from hotgraph_server.rpc.graph import fitting_profile
+from hotgraph_server.rpc.watch import EventHub
+from hotgraph_server.scheduler import Scheduler
+from hotgraph_server.text import ByteTokenizer, Tokenizer
+
+__all__ = ["TRANSITIONS", "Daemon", "DaemonState", "ExitStatus", "Parts", "build_parts", "run", "serve"]
+
+logger = logging.getLogger("hotgraph.daemon")
+
+FAKE_SOURCE: Final = "fake"
+FAKE_CONTEXT_LENGTH: Final = 1024
+RETRY_SECONDS: Final = 1.0
+LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once everything ended
+CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
+CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
+PROFILE_ENTRIES: Final = 1000
+
+Result = TypeVar("Result")
+
+
+class ExitStatus(enum.IntEnum):
+    """What the process tells its supervisor; the numbers of sysexits.h."""
+
+    OK = 0
+    UNAVAILABLE = 69  # an address or a device is not to be had now: trying again may help
+    FAILED = 70  # the engine failed: a fresh process serves again
+    CONFIGURATION = 78  # settings or model are bad: trying again changes nothing
+
+
+EXIT_STATUSES: Final[dict[type[HotgraphError], ExitStatus]] = {
+    SettingsError: ExitStatus.CONFIGURATION,
+    ModelLoadError: ExitStatus.CONFIGURATION,
+    AddressInUseError: ExitStatus.UNAVAILABLE,
+    NotPossibleError: ExitStatus.UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What serving needs and what is slow to make. The engine is not started yet."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    model_id: str
+
+
+BuildParts = Callable[[Settings, Clock], Awaitable[Parts]]
+
+
+async def build_parts(settings: Settings, clock: Clock) -> Parts:
+    """The parts that the settings name: source "fake" is the engine without a model, over bytes.
+
+    Raises ModelLoadError or NotPossibleError.
+    """
+    if settings.model.source == FAKE_SOURCE:
+        return _fake_parts(settings, clock)
+    return await _in_daemon_thread("hotgraph-load", lambda: _torch_parts(settings, clock))
+
+
+def _fake_parts(settings: Settings, clock: Clock) -> Parts:
+    from hotgraph_server.engine.fake import FakeEngine
+
+    model_id = settings.model.id or FAKE_SOURCE
+    context_length = settings.model.max_context or FAKE_CONTEXT_LENGTH
+    block_size = settings.kv_cache.block_size
+    blocks_per_slot = -(-context_length // block_size)
+    engine = FakeEngine(
+        clock=clock,
+        cache_settings=CacheSettings(
+            budget_bytes=settings.graphs.budget_bytes,
+            policy=settings.graphs.policy,
+            stall_budget_seconds=settings.graphs.stall_budget_seconds,
+        ),
+        num_slots=settings.scheduler.num_slots,
+        num_blocks=1 + blocks_per_slot * settings.scheduler.num_slots,
+        block_size=block_size,
+        context_length=context_length,
+        max_step_tokens=settings.scheduler.max_step_tokens,
+        max_padding_ratio=settings.graphs.max_padding_ratio,
+        model_id=model_id,
+    )
+    return Parts(engine, ByteTokenizer(), model_id)
+
+
+def _torch_parts(settings: Settings, clock: Clock) -> Parts:
+    """Imported here, because torch alone takes seconds and the daemon listens before."""
+    from hotgraph_server.engine.engine import TorchEngine
+    from hotgraph_server.models import load_model
+
+    begin_seconds = clock.monotonic()
+    loaded = load_model(settings.model)
+    load_seconds = clock.monotonic() - begin_seconds
+    engine = TorchEngine(loaded, settings, clock=clock, load_seconds=load_seconds)
+    return Parts(engine, loaded.tokenizer, loaded.model_id)
+
+
+async def _in_daemon_thread(name: str, work: Callable[[], Result]) -> Result:
+    """Runs blocking work in a thread of its own that does not keep the process alive when nobody waits any more."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def finish(result: Result | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]  # None only with an error
+
+    def body() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as raised:
+            result, error = None, raised
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return await done
+
+
+class Daemon:
+    """One life: STARTING, SERVING, DRAINING, STOPPED. Made on the event loop, which it keeps to.
+
+    `run` is the whole life; `start`, `load`, `drain` and `stop` are its verbs, for whoever embeds it.
+    """
+
+    def __init__(self, settings: Settings, *, build: BuildParts = build_parts, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.lifecycle = Lifecycle()
+        self._build = build
+        self._clock = clock or SystemClock()
+        self._rpc = RpcServer(settings, self.lifecycle, clock=self._clock, drain=self.drain)
+        self._engine: Engine | None = None
+        self._scheduler: Scheduler | None = None
+        self._warmth: asyncio.Task[None] | None = None
+        self._told = asyncio.Event()  # to end: by a drain, or by a failure
+        self._grace_end = 0.0  # of the drain, on the event loop's clock
+        self._grace: asyncio.Timeout | None = None
+        self._num_signals = 0
+        self._is_torn_down = False
+
+    def __repr__(self) -> str:
+        return f"<Daemon {self.lifecycle.state.value} on {', '.join(self.addresses) or 'nothing'}>"
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens, with the ports that were chosen; empty before `start`."""
+        return self._rpc.addresses
+
+    async def start(self) -> None:
+        """Listens; everything but status and health is refused until the model is loaded.
+
+        Raises AddressInUseError or SettingsError.
+        """
+        await self._rpc.start()
+        logger.info("listening on %s", ", ".join(self.addresses))
+
+    async def load(self) -> None:
+        """Loads the model and serves it. Raises ModelLoadError, NotPossibleError or SettingsError."""
+        begin_seconds = self._clock.monotonic()
+        parts = await self._build(self.settings, self._clock)
+        self._engine = parts.engine
+        await parts.engine.start()
+        scheduler = Scheduler(parts.engine, parts.tokenizer, self.settings.scheduler, clock=self._clock)
+        scheduler.on_failure = self._on_failure
+        await scheduler.start()
+        self._scheduler = scheduler
+        served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
+        self._import_profile(served)
+        self.lifecycle.serve(served)
+        hub = self._rpc.open(served)
+        self._warmth = asyncio.get_running_loop().create_task(self._watch_warmth(served, hub), name="warmth")
+        logger.info("serving %s after %.1f s", parts.model_id, self._clock.monotonic() - begin_seconds)
+
+    async def run(self) -> ExitStatus:
+        """Start, load, serve until told to end, finish, stop. Raises what `start` and `load` raise, with nothing left open."""
+        try:
+            await self.start()
+            await self._load_unless_told()
+            await self._told.wait()
+            await self._finish()
+        finally:
+            await self.stop()
+        return ExitStatus.OK if self.lifecycle.failure is None else ExitStatus.FAILED
+
+    def drain(self, grace_seconds: float | None = None) -> float:
+        """Admits no more, and ends what still runs after the grace: at most the settings' own, which is the default.
+
+        Returns the seconds that are left of it. Called again it may only shorten the grace.
+        """
+        limit_seconds = self.settings.server.drain_grace_seconds
+        grace_seconds = limit_seconds if grace_seconds is None else min(max(grace_seconds, 0.0), limit_seconds)
+        now = asyncio.get_running_loop().time()
+        state = self.lifecycle.state
+        if state is DaemonState.STOPPED:
+            return 0.0
+        if state is DaemonState.DRAINING:
+            self._grace_end = min(self._grace_end, now + grace_seconds)
+        else:
+            self._grace_end = now + grace_seconds
+            self._rpc.set_not_serving()  # first, so that balancers look elsewhere
+            self.lifecycle.move(DaemonState.DRAINING)
+            if self._scheduler is not None:
+                self._scheduler.drain()
+            logger.info("draining, for %.1f s at most", grace_seconds)
+        if self._grace is not None:
+            self._grace.reschedule(self._grace_end)
+        self._told.set()
+        return max(0.0, self._grace_end - now)
+
+    def on_signal(self) -> None:
+        """SIGTERM or SIGINT came: the first drains, the second ends what runs at once."""
+        self._num_signals += 1
+        self.drain(None if self._num_signals == 1 else 0.0)
+
+    async def stop(self) -> None:
+        """Ends everything that is left, in order, and exports the profile. May be called in any state, and again."""
+        if self._is_torn_down:
+            return
+        self._is_torn_down = True
+        self._told.set()
+        if self.lifecycle.state is not DaemonState.STOPPED:
+            self.lifecycle.move(DaemonState.STOPPED)
+        self._rpc.set_not_serving()
+        if self._warmth is not None:
+            self._warmth.cancel()
+            await asyncio.wait([self._warmth])
+        if self._scheduler is not None:
+            self._scheduler.end_all(DrainingError("the server is stopping", retry_after_seconds=RETRY_SECONDS))
+        self._rpc.end_watchers()
+        with contextlib.suppress(TimeoutError):  # a caller that does not read its last words is cut off below
+            await asyncio.wait_for(self._rpc.wait_idle(), LAST_WORDS_SECONDS)
+        await self._rpc.stop(CONNECTION_GRACE_SECONDS)
+        await self._close_engine()
+        logger.info("stopped")
+
+    # The parts of a life.
+
+    async def _load_unless_told(self) -> None:
+        """Loads, unless a drain comes first: then the load is abandoned."""
+        load = asyncio.ensure_future(self.load())
+        told = asyncio.ensure_future(self._told.wait())
+        try:
+            await asyncio.wait({load, told}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (load, told):
+                if not task.done():
+                    task.cancel()
+            await asyncio.wait({load, told})
+        if not load.cancelled():
+            load.result()
+
+    async def _finish(self) -> None:
+        """Waits for what runs, until the grace is over, and ends the rest."""
+        if self._scheduler is None or self.lifecycle.failure is not None:
+            return
+        try:
+            async with asyncio.timeout_at(self._grace_end) as self._grace:
+                await self._scheduler.wait_idle()
+        except TimeoutError:
+            logger.warning("the grace is over: %d requests are ended", self._scheduler.num_requests)
+        finally:
+            self._grace = None
+
+    def _on_failure(self, error: HotgraphError) -> None:
+        """The engine is beyond use. The scheduler ends its requests; the process ends with a status that restarts it."""
+        logger.critical("the engine failed: %s", error.message)
+        self.lifecycle.fail(error)
+        self._rpc.set_not_serving()
+        self._told.set()
+
+    async def _close_engine(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                if self._scheduler is not None:
+                    await self._scheduler.close()
+                if self._engine is not None:
+                    self._export_profile()
+                    await self._engine.close()
+        except TimeoutError:
+            logger.error("the engine did not end within %.0f s", CLOSE_SECONDS)
+
+    async def _watch_warmth(self, served: ServedModel, hub: EventHub) -> None:
+        """Health says warm once no capture waits for the first time."""
+        with contextlib.suppress(DrainingError):
+            while served.engine.graphs.stats().num_pending:
+                await hub.news()
+            if self.lifecycle.state is DaemonState.SERVING and self.lifecycle.failure is None:
+                self._rpc.set_warm()
+
+    # The graph profile: which shapes were hot, kept from one life to the next. Losing it costs speed only.
+
+    def _import_profile(self, served: ServedModel) -> None:
+        path = self.settings.graphs.profile
+        if path is None or not path.exists():
+            return
+        try:
+            data = json.loads(path.read_text())
+            profile = Profile.from_dict(data, StepKey.parse)
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("the graph profile %s cannot be read and is left alone: %s", path, error)
+            return
+        if data.get("model") != served.model_id:
+            logger.warning("the graph profile %s was learned with another model", path)
+            return
+        known, num_unknown = fitting_profile(served, profile)
+        num_queued, num_skipped = served.engine.graphs.import_profile(known)
+        logger.info("graph profile: %d captures queued, %d skipped", num_queued, num_skipped + num_unknown)
+
+    def _export_profile(self) -> None:
+        path, served = self.settings.graphs.profile, self.lifecycle.served
+        if path is None or served is None:
+            return
+        data = {"model": served.model_id, **served.engine.graphs.export_profile(PROFILE_ENTRIES).to_dict()}
+        try:
+            _write_atomically(path, json.dumps(data, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("the graph profile cannot be written to %s: %s", path, error)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the new one, whole, whenever the process ends."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+async def serve(settings: Settings, *, build: BuildParts = build_parts) -> int:
+    """Runs a daemon until it is told to end; SIGTERM and SIGINT drain it. Returns the exit status of the process."""
+    loop = asyncio.get_running_loop()
+    daemon = Daemon(settings, build=build)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, daemon.on_signal)
+    try:
+        return await daemon.run()
+    except tuple(EXIT_STATUSES) as error:
+        logger.error("%s", error.message)
+        return next(status for kind, status in EXIT_STATUSES.items() if isinstance(error, kind))
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def run(settings: Settings) -> int:
+    """`serve` on an event loop of its own, which is the only one of the process that uses gRPC."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(settings))

@@ -1,0 +1,272 @@
+"""One lean decoder for the Llama-shaped families: Llama, Mistral, SmolLM2, TinyLlama, Qwen2, Qwen3, Phi-3.
+
+It knows their weights' names, their layers and the paged cache; what else a config may ask for, `models/shape.py` refuses.
+The families differ from transformers' own code only in the order of float sums.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from hotgraph_server.errors import ModelLoadError
+from hotgraph_server.kernels.activation import gated_activation
+from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
+from hotgraph_server.kernels.kv_write import write_kv
+from hotgraph_server.kernels.norm import rms_norm
+from hotgraph_server.kernels.rope import apply_rope, rotary_factors, rotary_table
+from hotgraph_server.models.interface import KvTensors, LayerKv, StepTensors
+from hotgraph_server.models.rotary import rotary
+from hotgraph_server.models.shape import DecoderShape
+from hotgraph_server.models.weights import Linear, make_linear
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's weights. Norm weights carry the scale of the product that follows them (see `weights.Linear`)."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    query_key_norm: torch.Tensor | None  # [query heads + KV heads, head_dim]
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Decoder:
+    """A `Model` (see models/interface.py). Make it with `from_config`."""
+
+    runner = "decoder"
+
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layers: Sequence[_Layer],
+        embedding: torch.Tensor,
+        norm: torch.Tensor,
+        head: Linear,
+        rope_table: torch.Tensor,
+        num_parameters: int,
+    ) -> None:
+        self.architecture = shape.architecture
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.vocabulary_size = shape.vocabulary_size
+        self.context_length = len(rope_table)
+        self.num_parameters = num_parameters
+        self.kv_layout: Sequence[LayerKv] = [
+            LayerKv(shape.num_kv_heads, shape.head_dim, shape.head_dim)
+        ] * shape.num_layers
+        linears = [linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        norms = [vector for layer in layers for vector in (layer.attention_norm, layer.mlp_norm)]
+        self.weights_bytes = (
+            sum(linear.num_bytes for linear in linears)
+            + sum(vector.nbytes for vector in norms)
+            + head.num_bytes
+            + embedding.nbytes
+            + norm.nbytes
+        )
+        self._shape = shape
+        self._layers = layers
+        self._embedding = embedding
+        self._norm = norm
+        self._head = head
+        self._rope_table = rope_table
+        self._scaling = shape.head_dim**-0.5
+
+    @staticmethod
+    def supports(config: PretrainedConfig) -> bool:
+        """Whether this decoder computes exactly what transformers does for such a config."""
+        try:
+            rotary(config, DecoderShape.from_config(config), None)
+        except ModelLoadError:
+            return False
+        return True
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_context: int | None = None,
+    ) -> Decoder:
+        """Takes the weights by their transformers names and keeps copies. `weights` may read lazily.
+
+        Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape.
+        """
+        shape = DecoderShape.from_config(config)
+        turn = rotary(config, shape, max_context)
+        with torch.inference_mode():
+            return _Builder(shape, weights, dtype, device).build(
+                rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length)
+            )
+
+    @torch.inference_mode()
+    def forward(self, step: StepTensors, kv: KvTensors) -> torch.Tensor:
+        """See `Model.forward`. The result is an inference tensor, valid until the next call."""
+        shape = self._shape
+        plan = AttentionPlan(
+            step.block_tables,
+            step.query_lens,
+            step.host_context_lens,
+            step.num_decode_rows,
+            block_size=kv.block_size,
+            dtype=self.dtype,
+        )
+        factors = rotary_factors(self._rope_table, step.positions, self.dtype)
+        num_turned_heads = shape.num_heads + shape.num_kv_heads
+        hidden = functional.embedding(step.token_ids, self._embedding)
+        last_layer = len(self._layers) - 1
+        num_real_decode_rows = step.num_decode_rows if step.num_decode_rows == step.num_rows else 0
+        is_one_token_a_row = num_real_decode_rows > 0 and len(step.token_ids) == len(step.last_indices)
+        for index, layer in enumerate(self._layers):
+            normed = rms_norm(hidden, layer.attention_norm, shape.norm_epsilon)
+            heads = layer.qkv(normed).view(len(hidden), -1, shape.head_dim)
+            query_key, value = heads[:, :num_turned_heads], heads[:, num_turned_heads:]
+            if layer.query_key_norm is not None:
+                query_key = rms_norm(query_key, layer.query_key_norm, shape.norm_epsilon)
+            query_key = apply_rope(query_key, factors)
+            query, key = query_key[:, : shape.num_heads], query_key[:, shape.num_heads :]
+            keys, values = kv.keys[index], kv.values[index]
+            write_kv(key, value, keys, values, step.kv_indices)
+            attended = paged_attention(query, keys, values, plan, scaling=self._scaling, window=layer.window)
+            if index == last_layer and not is_one_token_a_row:
+                # Of the last layer only what the logits are made of is needed.
+                attended = attended.index_select(0, step.last_indices)
+                hidden = hidden.index_select(0, step.last_indices)
+            hidden.add_(layer.output(attended.flatten(1)), alpha=layer.output.scale)
+            normed = rms_norm(hidden, layer.mlp_norm, shape.norm_epsilon)
+            gated = gated_activation(layer.gate_up(normed), shape.activation)
+            hidden.add_(layer.down(gated), alpha=layer.down.scale)
+        return self._head(rms_norm(hidden, self._norm, shape.norm_epsilon)).float().contiguous()
+
+
+class _Builder:
+    """Makes a `Decoder` of named weights: fuses what is multiplied together, checks shapes, leaves nothing over."""
+
+    def __init__(
+        self, shape: DecoderShape, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._shape = shape
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}  # elements of each weight taken
+
+    def build(self, rope_table: torch.Tensor) -> Decoder:
+        """The decoder; the weights it was made of may go. Raises ModelLoadError."""
+        shape = self._shape
+        embedding = self._vector("model.embed_tokens.weight", shape.vocabulary_size, shape.hidden_size)
+        # Packing a matrix is one thread's work outside the interpreter's lock, and there are many matrices.
+        num_workers = torch.get_num_threads() if self._device.type == "cpu" else 1
+        with ThreadPoolExecutor(num_workers, thread_name_prefix="weights") as executor:
+            head = executor.submit(self._head, embedding)
+            layers = list(executor.map(self._layer, range(shape.num_layers)))
+        norm = self._vector("model.norm.weight", shape.hidden_size).mul_(head.result().scale)
+        self._check_leftovers()
+        return Decoder(shape, layers, embedding, norm, head.result(), rope_table, sum(self._sizes.values()))
+
+    @torch.inference_mode()  # a mode of the thread, so each worker enters it
+    def _head(self, embedding: torch.Tensor) -> Linear:
+        shape = self._shape
+        if shape.is_tied:
+            return make_linear([embedding], [], dtype=self._dtype, device=self._device, scales_input=True, shares=True)
+        return self._linear(["lm_head"], [shape.vocabulary_size], shape.hidden_size, has_bias=False, scales_input=True)
+
+    @torch.inference_mode()
+    def _layer(self, index: int) -> _Layer:
+        shape = self._shape
+        prefix = f"model.layers.{index}."
+        query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        qkv_names, qkv_sizes = ["q_proj", "k_proj", "v_proj"], [query_size, kv_size, kv_size]
+        gate_up_names, gate_up_sizes = ["gate_proj", "up_proj"], [shape.intermediate_size] * 2
+        if shape.has_fused_weights:
+            qkv_names, qkv_sizes = ["qkv_proj"], [sum(qkv_sizes)]
+            gate_up_names, gate_up_sizes = ["gate_up_proj"], [sum(gate_up_sizes)]
+        qkv = self._linear(
+            [f"{prefix}self_attn.{name}" for name in qkv_names],
+            qkv_sizes,
+            shape.hidden_size,
+            has_bias=shape.has_qkv_bias,
+            scales_input=True,
+        )
+        gate_up = self._linear(
+            [f"{prefix}mlp.{name}" for name in gate_up_names],
+            gate_up_sizes,
+            shape.hidden_size,
+            has_bias=shape.has_mlp_bias,
+            scales_input=True,
+        )
+        query_key_norm = None
+        if shape.has_query_key_norm:
+            query_norm = self._vector(f"{prefix}self_attn.q_norm.weight", shape.head_dim)
+            key_norm = self._vector(f"{prefix}self_attn.k_norm.weight", shape.head_dim)
+            query_key_norm = torch.cat(
+                (query_norm.expand(shape.num_heads, -1), key_norm.expand(shape.num_kv_heads, -1))
+            )
+        return _Layer(
+            attention_norm=self._vector(f"{prefix}input_layernorm.weight", shape.hidden_size).mul_(qkv.scale),
+            qkv=qkv,
+            query_key_norm=query_key_norm,
+            output=self._linear(
+                [f"{prefix}self_attn.o_proj"], [shape.hidden_size], query_size, has_bias=shape.has_output_bias
+            ),
+            mlp_norm=self._vector(f"{prefix}post_attention_layernorm.weight", shape.hidden_size).mul_(gate_up.scale),
+            gate_up=gate_up,
+            down=self._linear(
+                [f"{prefix}mlp.down_proj"], [shape.hidden_size], shape.intermediate_size, has_bias=shape.has_mlp_bias
+            ),
+            window=shape.windows[index],
+        )
+
+    def _linear(
+        self, names: Sequence[str], sizes: Sequence[int], input_size: int, *, has_bias: bool, scales_input: bool = False
+    ) -> Linear:
+        return make_linear(
+            [self._take(f"{name}.weight", size, input_size) for name, size in zip(names, sizes, strict=True)],
+            [self._take(f"{name}.bias", size) for name, size in zip(names, sizes, strict=True)] if has_bias else [],
+            dtype=self._dtype,
+            device=self._device,
+            scales_input=scales_input,
+        )
+
+    def _vector(self, name: str, *size: int) -> torch.Tensor:
+        """A copy of the weight, in our dtype and on our device."""
+        return self._take(name, *size).to(self._device, self._dtype, copy=True)
+
+    def _take(self, name: str, *size: int) -> torch.Tensor:
+        with self._lock:  # the mapping may read a file
+            try:
+                tensor = self._weights[name]
+            except KeyError:
+                raise ModelLoadError(f"the checkpoint lacks the weight {name!r}") from None
+            self._sizes[name] = tensor.numel()
+        if tensor.shape != size:
+            raise ModelLoadError(f"the weight {name!r} is {tuple(tensor.shape)}, the config says {size}")
+        return tensor
+
+    def _check_leftovers(self) -> None:
+        """A weight that we do not use means a model that we do not know."""
+        leftovers = [
+            name
+            for name in self._weights
+            if name not in self._sizes
+            and not name.endswith("rotary_emb.inv_freq")  # computed from the config
+            and not (self._shape.is_tied and name == "lm_head.weight")  # a second copy of the embedding
+        ]
+        if leftovers:
+            raise ModelLoadError(
+                f"the checkpoint has {len(leftovers)} weights too many, such as {sorted(leftovers)[0]!r}"
+            )

@@ -1,0 +1,202 @@
+"""The gRPC server, put together: options, listeners, the guard, our services and the standard ones."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import Any, Final
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from graphcache import Clock
+from hotgraph.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    graph_service_pb2,
+    graph_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+)
+from hotgraph_server.config import ServerSettings, Settings
+from hotgraph_server.errors import SettingsError
+from hotgraph_server.rpc.addresses import (
+    TcpAddress,
+    UnixAddress,
+    UnixSocketClaim,
+    bind_error,
+    parse_address,
+    private_umask,
+)
+from hotgraph_server.rpc.admin import AdminServicer, Drain
+from hotgraph_server.rpc.clients import ClientRegistry
+from hotgraph_server.rpc.graph import GraphServicer
+from hotgraph_server.rpc.guard import Guard
+from hotgraph_server.rpc.health import OVERALL, WARM, HealthServicer
+from hotgraph_server.rpc.inference import InferenceServicer
+from hotgraph_server.rpc.lifecycle import Lifecycle, ServedModel
+from hotgraph_server.rpc.watch import EventHub
+
+logger = logging.getLogger("hotgraph.rpc")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+INFERENCE_SERVICE: Final = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+GRAPH_SERVICE: Final = graph_service_pb2.DESCRIPTOR.services_by_name["GraphService"].full_name
+ADMIN_SERVICE: Final = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
+OUR_SERVICES: Final = (INFERENCE_SERVICE, GRAPH_SERVICE, ADMIN_SERVICE)
+HEALTH_SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+KIB: Final = 1024
+
+# gRPC ignores an option it does not know, so each of these is provoked on the wire by a test.
+# A second daemon must fail to bind, not share the port silently.
+SO_REUSEPORT: Final = 0
+# At least twice what one client may hold open: at the limit a well-behaved client's new streams are refused. It stops
+# rapid-reset floods; admission is the scheduler's.
+MAX_CONCURRENT_STREAMS: Final = 1024
+# Bursts beyond these come back as CANCELLED, which no client retries.
+MAX_PENDING_REQUESTS: Final = 8192
+MAX_PENDING_REQUESTS_HARD_LIMIT: Final = 16384
+# Connections that never finish the handshake; the library's default holds them for two minutes.
+SERVER_HANDSHAKE_TIMEOUT_MS: Final = 5_000
+# Below the usual limit of open files.
+MAX_CONNECTIONS: Final = 4096
+# A peer that vanished, or is stopped, is noticed in 15 s at most: the timeout of pings is an option of its own.
+KEEPALIVE_TIME_MS: Final = 10_000
+KEEPALIVE_TIMEOUT_MS: Final = 5_000
+PING_TIMEOUT_MS: Final = 5_000
+# Clients may ping every 10 s through a long quiet call; by default the library would drop their connection for that.
+MIN_PING_INTERVAL_MS: Final = 5_000
+# Headers: refused at random above the first, always above the second.
+MAX_METADATA_BYTES: Final = 8 * KIB
+ABSOLUTE_MAX_METADATA_BYTES: Final = 16 * KIB
+# Calls that never send their message hold a place until their connection is renewed.
+MAX_CONNECTION_AGE_MS: Final = 30 * 60 * 1000
+CONNECTION_AGE_GRACE_EXTRA_MS: Final = 60_000
+
+
+def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
+    """Options of the server, by their names in the library."""
+    return [
+        ("grpc.so_reuseport", SO_REUSEPORT),
+        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS_HARD_LIMIT),
+        ("grpc.server_handshake_timeout_ms", SERVER_HANDSHAKE_TIMEOUT_MS),
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", ABSOLUTE_MAX_METADATA_BYTES),
+        ("grpc.max_connection_age_ms", MAX_CONNECTION_AGE_MS),
+        (
+            "grpc.max_connection_age_grace_ms",
+            int(settings.max_request_seconds * 1000) + CONNECTION_AGE_GRACE_EXTRA_MS,
+        ),
+    ]
+
+
+class RpcServer:
+    """Listens, and serves what the lifecycle allows. Made on the event loop, which it keeps to."""
+
+    def __init__(self, settings: Settings, lifecycle: Lifecycle, *, clock: Clock, drain: Drain) -> None:
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._clients = ClientRegistry()
+        self._inference = InferenceServicer(lifecycle, self._clients, settings, clock)
+        self._graph = GraphServicer(lifecycle, clock)
+        self._admin = AdminServicer(lifecycle, self._clients, drain)
+        self._health = HealthServicer([OVERALL, *OUR_SERVICES, WARM])
+        self._guard = Guard(OUR_SERVICES, admit=self._admit, max_message_bytes=settings.server.max_message_bytes)
+        self._server = grpc.aio.server(interceptors=(self._guard,), options=channel_options(settings.server))
+        self._claims = ExitStack()
+        self.addresses: tuple[str, ...] = ()
+        self._add_services()
+
+    def _add_services(self) -> None:
+        server = self._server
+        inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
+        graph_service_pb2_grpc.add_GraphServiceServicer_to_server(self._graph, server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.server.reflection:
+            reflection.enable_server_reflection((*OUR_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+
+    def _admit(self, method: str, context: Context) -> None:
+        """Who may call what now. Raises the refusal. The admin service answers in every state."""
+        self._clients.touch(context)
+        if not method.startswith(f"/{ADMIN_SERVICE}/"):
+            self._lifecycle.require()
+
+    async def start(self) -> None:
+        """Binds every address and answers. Raises AddressInUseError or SettingsError, and then listens nowhere."""
+        addresses = [parse_address(text) for text in self._settings.server.listen]
+        try:
+            self.addresses = tuple(self._bind(address) for address in addresses)
+            await self._server.start()
+        except BaseException:
+            await self._server.stop(None)
+            self._claims.close()
+            raise
+
+    def _bind(self, address: UnixAddress | TcpAddress) -> str:
+        if isinstance(address, UnixAddress):
+            claim = UnixSocketClaim(address)
+            claim.acquire()
+            self._claims.callback(claim.release)
+            with private_umask():
+                if not self._add_port(address):
+                    raise SettingsError(f"cannot listen on {address.path}")
+            return str(address)
+        if not address.is_loopback:
+            logger.warning("%s is open to the network, without encryption or authentication", address)
+        port = self._add_port(address)
+        if not port:
+            raise bind_error(address)
+        return str(TcpAddress(address.host, port))
+
+    def _add_port(self, address: UnixAddress | TcpAddress) -> int:
+        """The bound port, 0 when it could not be bound. gRPC tells no reason."""
+        try:
+            return self._server.add_insecure_port(str(address))
+        except RuntimeError:
+            return 0
+
+    def open(self, served: ServedModel) -> EventHub:
+        """The model is loaded: the lifecycle serves it. Health says so."""
+        hub = self._graph.open(served)
+        self._health.set([OVERALL, *OUR_SERVICES], is_serving=True)
+        return hub
+
+    def set_warm(self) -> None:
+        """Health says that what was queued for capture at the start is captured."""
+        self._health.set([WARM], is_serving=True)
+
+    def set_not_serving(self) -> None:
+        """Health says that new calls are refused. Calls under way go on."""
+        self._health.set([OVERALL, *OUR_SERVICES, WARM], is_serving=False)
+
+    def end_watchers(self) -> None:
+        """Calls that have no end of their own, those that watch graphs or health, end now."""
+        self._graph.close()
+        self._health.close()
+
+    async def wait_idle(self) -> None:
+        """Until no call of our services is inside."""
+        await self._guard.calls.wait_idle()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Listens no more; what is left after the grace is cut off. Sockets are removed."""
+        self.end_watchers()
+        try:
+            await self._server.stop(grace_seconds)
+        finally:
+            self._inference.close()
+            self._claims.close()

@@ -1,0 +1,362 @@
+"""The scheduler's loop: plan a step, hand it to the engine, hand its tokens on. It runs on the event loop and never blocks it.
+
+With an engine that runs ahead, the next step is submitted before the last one is read. What a sequence did after its end is
+thrown away, and its slot and blocks are held until the last step that uses them is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphcache import Clock, Event, EventType, Priority, SystemClock
+from hotgraph_server.batch import StepKey, StepOutput
+from hotgraph_server.config import SchedulerSettings
+from hotgraph_server.engine.interface import Engine
+from hotgraph_server.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    DrainingError,
+    DuplicateRequestError,
+    EngineFailedError,
+    HotgraphError,
+    InternalError,
+    QueueFullError,
+    ServerTimeLimitError,
+)
+from hotgraph_server.request import GraphMode, Request, TokenLogprobs, TokensEvent
+from hotgraph_server.scheduler.admission import Admission
+from hotgraph_server.scheduler.blocks import BlockManager
+from hotgraph_server.scheduler.planner import Plan, Planner
+from hotgraph_server.scheduler.sequence import Sequence
+from hotgraph_server.scheduler.slots import SlotPool
+from hotgraph_server.scheduler.status import KvCacheStatus, SchedulerStatus
+from hotgraph_server.scheduler.stream import RequestStream
+from hotgraph_server.scheduler.ticket import Ticket
+from hotgraph_server.text import Tokenizer
+
+logger = logging.getLogger("hotgraph.scheduler")
+
+DRAIN_RETRY_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: Plan
+    result: asyncio.Future[StepOutput]
+
+
+class Scheduler:
+    """Runs requests on one engine. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        settings: SchedulerSettings,
+        *,
+        clock: Clock | None = None,
+    ) -> None:
+        """The engine must be started."""
+        info = engine.info
+        self.on_failure: Callable[[HotgraphError], None] | None = None
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._clock = clock or SystemClock()
+        self._admission = Admission(engine, settings)
+        self._blocks = BlockManager(info.num_blocks, info.block_size, prefix_caching=settings.prefix_caching)
+        self._planner = Planner(
+            SlotPool(info.num_slots),
+            self._blocks,
+            max_step_tokens=info.max_step_tokens,
+            shares_prefixes=settings.prefix_caching,
+            graphs_ready=self._graphs_ready,
+        )
+        self._tickets: dict[str, Ticket] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+        self._is_draining = False
+        self._failure: HotgraphError | None = None
+        self._counts = SchedulerStatus(
+            num_slots=info.num_slots,
+            max_waiting=settings.max_waiting,
+            kv_cache=KvCacheStatus(
+                block_size=info.block_size, num_blocks=info.num_blocks - 1, size_bytes=info.kv_cache_bytes
+            ),
+        )
+
+    async def start(self) -> None:
+        """Starts the loop."""
+        loop = asyncio.get_running_loop()
+
+        def on_graph_event(event: Event[StepKey]) -> None:  # called on the capture thread
+            if event.type is EventType.PUBLISHED:
+                with contextlib.suppress(RuntimeError):  # the loop may be closed already when the daemon stops
+                    loop.call_soon_threadsafe(self._wake.set)
+
+        self._engine.graphs.add_listener(on_graph_event)
+        self._task = loop.create_task(self._run(), name="scheduler")
+
+    async def close(self) -> None:
+        """Ends every request and the loop, once the steps in flight are done."""
+        self._is_draining = True
+        self.end_all(DrainingError("the daemon is stopping", retry_after_seconds=DRAIN_RETRY_SECONDS))
+        while self._in_flight and self._failure is None:
+            await asyncio.wait([self._in_flight[-1].result])
+            await asyncio.sleep(0)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    # From outside.
+
+    def submit(self, request: Request) -> RequestStream:
+        """Queues a request and returns its stream at once.
+
+        Raises DrainingError, EngineFailedError, DuplicateRequestError, DeadlineError, ContextLengthError, QueueFullError,
+        GraphNotReadyError, NotPossibleError or InvalidRequestError; nothing is kept of a request that was refused.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._is_draining:
+            raise DrainingError("the daemon is stopping", retry_after_seconds=DRAIN_RETRY_SECONDS)
+        if request.request_id in self._tickets:
+            raise DuplicateRequestError(f"a request with id {request.request_id!r} is in flight")
+        now = self._clock.monotonic()
+        if request.deadline is not None and request.deadline <= now:
+            raise self._deadline_error(request)
+        self._admission.check_fits(request)
+        try:
+            self._admission.check_room(
+                len(request.choice_indices),
+                num_running=self._planner.slots.num_used,
+                num_waiting=len(self._planner.waiting),
+            )
+        except QueueFullError:
+            self._counts.num_rejected += 1
+            raise
+        self._admission.check_graphs(request)
+        ticket = Ticket(request, self._tokenizer, now, self._cancel)
+        self._set_graph_wait(ticket)
+        self._set_deadline(ticket)
+        self._tickets[request.request_id] = ticket
+        self._counts.num_requests += 1
+        self._idle.clear()
+        for sequence in ticket.sequences:
+            self._planner.add(sequence)
+            if sequence.finish is not None:  # its resumed tokens were all of it
+                self._finish_choice(sequence, TokensEvent(sequence.choice_index, [], "", [], sequence.finish))
+        self._end_if_done(ticket)
+        self._wake.set()
+        return ticket.stream
+
+    def drain(self) -> None:
+        """Admits no more; what runs or waits goes on."""
+        self._is_draining = True
+
+    async def wait_idle(self) -> None:
+        """Returns when no request runs or waits and no step is in flight."""
+        await self._idle.wait()
+
+    def end_all(self, error: HotgraphError) -> None:
+        """Every request ends with this error."""
+        for ticket in list(self._tickets.values()):
+            self._abort(ticket, error)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return len(self._tickets)
+
+    def status(self) -> SchedulerStatus:
+        """A snapshot of counts and fill."""
+        counts, planner, blocks = self._counts, self._planner, self._blocks
+        counts.num_running = planner.slots.num_used
+        counts.num_waiting = len(planner.waiting)
+        counts.num_preemptions = planner.num_preemptions
+        counts.kv_cache.num_free_blocks = blocks.num_free
+        counts.kv_cache.num_cached_blocks = blocks.num_cached
+        counts.kv_cache.num_used_blocks = blocks.num_used
+        return counts.snapshot()
+
+    # The loop.
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                self._wake.clear()
+                while self._in_flight and self._in_flight[0].result.done():
+                    self._retire(self._in_flight.popleft())
+                self._submit_steps()
+                self._update_idle()
+                await self._wake.wait()
+        except asyncio.CancelledError:
+            raise
+        except HotgraphError as error:
+            self._fail(error)
+        except Exception:
+            incident = uuid.uuid4().hex
+            logger.exception("the scheduler failed, incident %s", incident)
+            self._fail(EngineFailedError("the engine failed", retry_after_seconds=1.0, metadata={"incident": incident}))
+
+    def _submit_steps(self) -> None:
+        while len(self._in_flight) <= self._engine.info.run_ahead:
+            plan = self._planner.plan()
+            if plan is None:
+                return
+            now = self._clock.monotonic()
+            for sequence in plan.sequences:
+                if sequence.ticket.first_step_time is None:
+                    sequence.ticket.first_step_time = now
+            result = asyncio.ensure_future(self._engine.step(plan.batch))
+            result.add_done_callback(lambda _: self._wake.set())
+            self._in_flight.append(_InFlight(plan, result))
+            self._counts.num_steps += 1
+
+    def _retire(self, step: _InFlight) -> None:
+        output = step.result.result()  # raises what the engine raised
+        now = self._clock.monotonic()
+        counts = self._counts
+        failed = set(output.failed_rows)
+        tickets = {id(sequence.ticket): sequence.ticket for sequence in step.plan.sequences}
+        for ticket in tickets.values():
+            ticket.note_step(output.receipt)
+        for index, (row, sequence) in enumerate(zip(step.plan.batch.rows, step.plan.sequences, strict=True)):
+            self._planner.retire(sequence, row)
+            if sequence.ticket.is_ended or sequence.is_finished:
+                continue  # it ended while this step was in flight
+            if index in failed:
+                self._fail_row(sequence)
+                continue
+            if row.token_ids is not None:
+                counts.num_prompt_tokens += row.num_tokens
+            token_id = output.token_ids[index]
+            if token_id is None:
+                self._planner.commit(sequence)
+                continue
+            counts.num_completion_tokens += 1
+            text = sequence.accept(token_id)
+            sequence.time_token(now)
+            self._planner.commit(sequence)
+            event = TokensEvent(sequence.choice_index, [token_id], text, self._logprobs(sequence, output, index))
+            if sequence.finish is None:
+                sequence.ticket.stream.put(event)
+            else:
+                event.finish = sequence.finish
+                self._finish_choice(sequence, event)
+        for ticket in tickets.values():
+            self._end_if_done(ticket)
+
+    @staticmethod
+    def _logprobs(sequence: Sequence, output: StepOutput, index: int) -> list[TokenLogprobs]:
+        num_top = sequence.ticket.request.num_logprobs
+        logprobs = output.logprobs[index] if num_top is not None else None
+        return [] if logprobs is None or num_top is None else [logprobs.limited(num_top)]
+
+    # Ends.
+
+    def _finish_choice(self, sequence: Sequence, event: TokensEvent) -> None:
+        self._planner.finish(sequence)
+        self._counts.kv_cache.num_cached_tokens += sequence.num_cached_tokens or 0
+        ticket = sequence.ticket
+        if ticket.first_step_time is not None:
+            self._admission.note_sequence(self._clock.monotonic() - ticket.first_step_time)
+        ticket.stream.put(event)
+
+    def _end_if_done(self, ticket: Ticket) -> None:
+        if not ticket.is_ended and ticket.is_done:
+            self._counts.num_finished += 1
+            self._forget(ticket)
+            ticket.end(ticket.finished_event(self._clock.monotonic()))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if not ticket.is_ended:
+            self._abort(ticket, CancelledRequestError("the caller left"))
+
+    def _expire(self, ticket: Ticket) -> None:
+        self._abort(ticket, self._deadline_error(ticket.request))
+
+    @staticmethod
+    def _deadline_error(request: Request) -> DeadlineError:
+        if request.is_server_deadline:
+            return ServerTimeLimitError("the server's time limit for one request passed")
+        return DeadlineError("the request's deadline passed")
+
+    def _fail_row(self, sequence: Sequence) -> None:
+        incident = uuid.uuid4().hex
+        logger.error("logits of request %s are not finite, incident %s", sequence.ticket.request.request_id, incident)
+        self._abort(sequence.ticket, InternalError(incident))
+
+    def _abort(self, ticket: Ticket, error: HotgraphError) -> None:
+        """Ends a request with an error. Its slots and blocks are free now, or when the step in flight is done."""
+        if ticket.is_ended:
+            return
+        if isinstance(error, CancelledRequestError):
+            self._counts.num_cancelled += 1
+        elif isinstance(error, DeadlineError):
+            self._counts.num_expired += 1
+        else:
+            self._counts.num_failed += 1
+        self._forget(ticket)
+        ticket.end(error)
+        for sequence in ticket.sequences:
+            if not sequence.is_finished:
+                self._planner.finish(sequence)
+        self._wake.set()
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._tickets.pop(ticket.request.request_id, None)
+
+    def _fail(self, error: HotgraphError) -> None:
+        self._failure = error
+        self._in_flight.clear()
+        self.end_all(error)
+        self._idle.set()
+        if self.on_failure is not None:
+            self.on_failure(error)
+
+    def _update_idle(self) -> None:
+        if self._tickets or self._in_flight:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    # Timers and graphs.
+
+    def _set_deadline(self, ticket: Ticket) -> None:
+        deadline = ticket.request.deadline
+        if deadline is not None:
+            loop = asyncio.get_running_loop()
+            ticket.timer = loop.call_later(deadline - ticket.accept_time, self._expire, ticket)
+
+    def _set_graph_wait(self, ticket: Ticket) -> None:
+        """For GraphMode.WAIT_UP_TO: asks for missing graphs and notes how long the request may wait for them."""
+        policy = ticket.request.graph_policy
+        if policy.mode is not GraphMode.WAIT_UP_TO:
+            return
+        missing = self._admission.missing_graphs(ticket.request)
+        for key in missing:
+            self._engine.graphs.request(key, Priority.WAITED)
+        if missing:
+            ticket.wait_until = ticket.accept_time + policy.max_wait_seconds
+            asyncio.get_running_loop().call_later(policy.max_wait_seconds, self._wake.set)
+
+    def _graphs_ready(self, sequence: Sequence) -> bool:
+        ticket = sequence.ticket
+        if ticket.wait_until is None:
+            return True
+        if self._clock.monotonic() >= ticket.wait_until or not self._admission.missing_graphs(ticket.request):
+            ticket.wait_until = None
+            return True
+        return False

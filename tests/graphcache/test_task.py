@@ -1,0 +1,247 @@
+"""Tests of task.py: what a step of the capture thread does; through the cache, without that thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from graphcache import (
+    CacheClosedError,
+    EagerBackend,
+    Event,
+    EventType,
+    FakeBackend,
+    FakeClock,
+    FakeProgram,
+    GraphCache,
+    GraphState,
+    GraphStateError,
+    Priority,
+)
+
+MakeCache = Callable[..., GraphCache[str]]
+
+
+def capture(cache: GraphCache[str], *keys: str) -> None:
+    for key in keys:
+        cache.request(key)
+        cache.run_pending()
+        assert cache.lookup(key) is not None
+
+
+def types(events: list[Event[str]]) -> list[EventType]:
+    return [event.type for event in events]
+
+
+def test_nothing_is_told_as_verified_that_was_not(clock: FakeClock) -> None:
+    """With a backend that needs no verification there is no VERIFIED event."""
+    cache: GraphCache[str] = GraphCache(FakeProgram(clock), EagerBackend(), clock=clock, thread=False)
+    capture(cache, "a")
+    assert types(cache.events()) == [EventType.PLANNED, EventType.CAPTURED, EventType.PUBLISHED]
+    cache.close()
+
+
+def test_a_failed_key_backs_off_exponentially(make_cache: MakeCache, backend: FakeBackend, clock: FakeClock) -> None:
+    """After each failure the key is left alone twice as long, up to the maximum; a success forgets the failures."""
+    cache = make_cache(first_backoff_seconds=1.0, max_backoff_seconds=3.0)
+    backend.failures["a"] = "it breaks capture"
+    for num_failures, backoff_seconds in enumerate([1.0, 2.0, 3.0, 3.0], start=1):
+        cache.record_miss("a", 0.1)
+        assert cache.run_pending() == 1
+        info = cache.get("a")
+        assert (info.state, info.num_failures, info.failure) == (GraphState.FAILED, num_failures, "it breaks capture")
+        assert info.retry_time == pytest.approx(clock.time() + backoff_seconds)
+        clock.advance(backoff_seconds - 0.5)
+        cache.record_miss("a", 0.1)
+        assert cache.request("a").state is GraphState.FAILED
+        assert cache.run_pending() == 0
+        clock.advance(0.5)
+    backend.failures.clear()
+    capture(cache, "a")
+    info = cache.get("a")
+    assert (info.num_failures, info.failure, info.retry_time) == (0, "", None)
+    assert cache.stats().num_failures == 4
+
+
+def test_an_operator_is_not_put_off(cache: GraphCache[str], backend: FakeBackend, program: FakeProgram) -> None:
+    """An operator's wish is tried at once, though the key backs off or is quarantined."""
+    backend.failures["a"] = "broken"
+    program.mismatches.add("b")
+    cache.request("a")
+    cache.request("b")
+    cache.run_pending()
+    backend.failures.clear()
+    program.mismatches.clear()
+    for key in "ab":
+        assert cache.request(key, Priority.WAITED).state is not GraphState.QUEUED
+        assert cache.request(key, Priority.OPERATOR).state is GraphState.QUEUED
+    cache.run_pending()
+    assert cache.stats().num_ready == 2
+
+
+def test_wrong_results_are_quarantined(
+    cache: GraphCache[str], program: FakeProgram, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """A graph that gives other results than eager never serves, is destroyed, and is not tried again by misses."""
+    program.mismatches.add("a")
+    cache.record_miss("a", 0.1)
+    cache.run_pending()
+    info = cache.get("a")
+    assert info.state is GraphState.QUARANTINED
+    assert "eager" in info.failure
+    assert cache.lookup("a") is None
+    assert backend.live == []
+    clock.advance(10**6)
+    cache.record_miss("a", 0.1)
+    assert cache.run_pending() == 0
+    assert types(cache.events())[-1] is EventType.QUARANTINED
+
+
+def test_a_graph_larger_than_the_budget_is_captured_once_and_refused(
+    cache: GraphCache[str], backend: FakeBackend, clock: FakeClock
+) -> None:
+    """What does not fit at all fails and backs off; its size is known from then on, so it is not captured in vain."""
+    capture(cache, "small")
+    backend.sizes["large"] = 1001
+    cache.request("large")
+    cache.run_pending()
+    assert cache.get("large").state is GraphState.FAILED
+    assert "room" in cache.get("large").failure
+    assert [captured.name for captured in backend.live] == ["small"]
+    clock.advance(10.0)
+    cache.request("large")
+    assert cache.run_pending() == 1
+    assert backend.num_captures["large"] == 1
+    assert cache.lookup("small") is not None
+
+
+def test_a_failed_capture_costs_nobody_a_graph(cache: GraphCache[str], backend: FakeBackend) -> None:
+    """With a full budget, a capture that fails evicts nothing."""
+    capture(cache, *(f"k{index}" for index in range(10)))
+    backend.failures["bad"] = "broken"
+    cache.request("bad")
+    cache.run_pending()
+    assert cache.stats().num_evictions == 0
+
+
+def test_an_evicted_graph_is_destroyed_after_its_last_use(cache: GraphCache[str], backend: FakeBackend) -> None:
+    """Evicting unpublishes at once; the capture lives, and replays, until the last acquisition is released."""
+    capture(cache, "a")
+    graph = cache.acquire("a")
+    assert graph is not None
+    assert cache.evict("a").state is GraphState.EVICTED
+    assert cache.lookup("a") is None
+    assert not graph.acquire()
+    cache.run_pending()
+    assert backend.num_destroys["a"] == 0
+    assert cache.budget().retiring_bytes == 100
+    graph.replay()
+    graph.release()
+    cache.run_pending()
+    assert backend.num_destroys["a"] == 1
+    assert cache.budget().retiring_bytes == 0
+    with pytest.raises(GraphStateError, match="destroyed"):
+        graph.replay()
+
+
+def test_captures_wait_while_evicted_graphs_hold_the_memory(make_cache: MakeCache, backend: FakeBackend) -> None:
+    """While graphs on their way out hold what the budget has not, nothing new is captured on top."""
+    cache = make_cache(budget_bytes=100)
+    capture(cache, "a")
+    held = cache.acquire("a")
+    assert held is not None
+    cache.request("b")
+    assert cache.run_pending() == 1  # displaces a, which is still in use
+    cache.request("c")
+    assert cache.run_pending() == 0
+    held.release()
+    assert cache.run_pending() == 1
+    assert [captured.name for captured in backend.live] == ["c"]
+
+
+def test_an_evicted_key_can_come_back(cache: GraphCache[str], backend: FakeBackend) -> None:
+    """After an eviction a miss captures the key again, its counts going on."""
+    cache.record_miss("a", 0.1)
+    cache.run_pending()
+    cache.evict("a")
+    cache.record_miss("a", 0.1)
+    cache.run_pending()
+    assert cache.lookup("a") is not None
+    assert backend.num_captures["a"] == 2
+    assert cache.get("a").num_misses == 2
+
+
+def test_captures_keep_to_the_stall_budget_while_serving(
+    make_cache: MakeCache, clock: FakeClock, backend: FakeBackend
+) -> None:
+    """While steps are recorded, captures take no more than the budget and one burst; once idle, all are made."""
+    cache = make_cache(budget_bytes=10**6, stall_budget_seconds=0.05)
+    for index in range(100):
+        cache.request(f"k{index}")
+    for _ in range(100):  # one second of serving
+        cache.record_miss("served", 0.01)
+        clock.advance(0.01)
+        cache.run_pending()
+    spent_seconds = 0.01 * backend.num_captures.total()
+    assert 0.1 <= spent_seconds <= 0.05 * (clock.monotonic() + 2.0) + 0.01
+    clock.advance(1.0)
+    cache.run_pending()
+    assert backend.num_captures.total() == 101
+
+
+def test_leases_end_without_being_asked_about(cache: GraphCache[str], clock: FakeClock) -> None:
+    """A step of the capture thread ends leases that ran out and brings the cache down to its budget."""
+    capture(cache, "a")
+    cache.pin("a", 10.0)
+    cache.update_budget(limit_bytes=50)
+    before = cache.last_sequence
+    clock.advance(11.0)
+    cache.run_pending()
+    assert [event.type for event in cache.events(before)] == [EventType.UNPINNED, EventType.EVICTED]
+    assert cache.lookup("a") is None
+
+
+def test_a_lease_that_ends_during_a_capture_gives_room(
+    make_cache: MakeCache, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """Room is looked for as things stand when the capture is done, not as they stood before it."""
+    cache = make_cache(budget_bytes=200)
+    capture(cache, "pinned")
+    cache.pin("pinned", 5.0)
+    backend.sizes["large"] = 200
+    backend.record_seconds = 10.0
+    capture(cache, "large")
+    assert cache.lookup("pinned") is None
+
+
+def test_pause_and_resume(cache: GraphCache[str]) -> None:
+    """While paused nothing is captured; resumed, it is."""
+    cache.pause()
+    cache.request("a")
+    assert cache.run_pending() == 0
+    cache.resume()
+    assert cache.run_pending() == 1
+
+
+def test_close_destroys_everything(cache: GraphCache[str], backend: FakeBackend, program: FakeProgram) -> None:
+    """Closing empties the queue, destroys every graph once, closes the backend; then nothing is found or taken in."""
+    capture(cache, "a", "pinned")
+    cache.pin("pinned", 100.0)
+    cache.request("queued")
+    cache.close()
+    cache.close()
+    assert backend.live == []
+    assert backend.num_destroys == {"a": 1, "pinned": 1}
+    assert backend.num_closes == 1
+    assert cache.lookup("a") is None
+    assert {info.state for info in cache.list()} == {GraphState.EVICTED}
+    with pytest.raises(CacheClosedError):
+        cache.request("a")
+    with pytest.raises(CacheClosedError):
+        cache.import_profile(cache.export_profile())
+    cache.record_miss("a", 0.1)
+    assert cache.run_pending() == 0
+    assert cache.get("a").state is GraphState.EVICTED
+    with pytest.raises(RuntimeError):
+        cache.start()

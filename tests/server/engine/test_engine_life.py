@@ -1,0 +1,210 @@
+"""TorchEngine's life: steps ahead, graphs and receipts, failure, verification, close."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from graphcache import EagerBackend, FakeBackend, GraphState
+from graphcache.backends.fake import FakeCaptured
+from hotgraph_server.batch import Batch, Row, Sampler, StepKey
+from hotgraph_server.engine import TorchEngine
+from hotgraph_server.errors import EngineFailedError
+from hotgraph_server.request import SamplingParams
+from tests.server.engine.conftest import MakeEngine, tiny_settings
+from tests.server.engine.driver import Driver, Track
+from tests.server.engine.tiny_model import Tiny, TinyModel
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+async def test_steps_ahead_give_the_same_tokens(make_engine: MakeEngine) -> None:
+    """With run_ahead 1 step n + 1 is submitted before n is read, and the tokens are those of the engine without."""
+    sampling = SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.2)
+    plain = Track((1, 2, 3), sampling, seed=5)
+    await Driver(await make_engine()).run([plain], 9)
+
+    engine = await make_engine(run_ahead=1)
+    driver = Driver(engine)
+    ahead = driver.admit(Track((1, 2, 3), sampling, seed=5))
+    parts: list[tuple[Track, int | None]] = [(ahead, None)]
+    earlier = driver.batch([(ahead, 3)])
+    pending = engine.step(earlier)
+    for _ in range(8):
+        later = driver.batch(parts)
+        later_pending = engine.step(later)
+        driver.take(parts, earlier, await pending)
+        earlier, pending = later, later_pending
+    driver.take(parts, earlier, await pending)
+    assert ahead.completion == plain.completion
+
+
+async def test_too_many_outstanding_steps_are_refused(make_engine: MakeEngine) -> None:
+    """Without steps ahead a second step before the first is done is an AssertionError."""
+    engine = await make_engine()
+    driver = Driver(engine)
+    sequence = driver.admit(Track((1, 2, 3)))
+    first = engine.step(driver.batch([(sequence, 3)]))
+    with pytest.raises(AssertionError, match="outstanding"):
+        engine.step(driver.batch([(sequence, None)]))
+    await first
+
+
+async def test_receipts_tell_the_truth(make_engine: MakeEngine) -> None:
+    """Misses become hits once captured: the receipt's graph is one the cache lists, and counts of both agree."""
+    engine = await make_engine(backend=EagerBackend())
+    driver = Driver(engine)
+    await driver.run([Track((1, 2, 3)), Track((4, 5))], 6)
+    engine.graphs.wait([info.key for info in engine.graphs.list()], 20)
+    await driver.run([Track((1, 2, 3)), Track((4, 5))], 6)
+    receipts = [output.receipt for output in driver.outputs]
+    half = len(receipts) // 2
+    assert receipts[0].graph == ""
+    assert all(receipt.graph for receipt in receipts[half:])
+    assert all((receipt.graph_age_seconds is not None) == bool(receipt.graph) for receipt in receipts)
+    assert all((r.tokens_bucket, r.rows_bucket) == (r.num_tokens, r.num_rows) for r in receipts)
+    assert all(receipt.seconds > 0 for receipt in receipts)
+    stats = engine.graphs.stats()
+    assert stats.num_hits == sum(bool(receipt.graph) for receipt in receipts)
+    own = [engine.bucket(r.num_tokens, r.num_rows, Sampler.GREEDY) for r in receipts]
+    assert stats.num_misses == sum(r.graph != str(key) for r, key in zip(receipts, own, strict=True))
+    by_name = {info.name: info for info in engine.graphs.list()}
+    for name in {receipt.graph for receipt in receipts if receipt.graph}:
+        assert by_name[name].num_hits == sum(receipt.graph == name for receipt in receipts)
+        assert by_name[name].state is GraphState.READY
+
+
+async def test_eager_batches_use_no_graph(make_engine: MakeEngine) -> None:
+    """EAGER_ONLY steps run eagerly though graphs are ready, with the same tokens, and leave no trace in the cache."""
+    engine = await make_engine()
+    first = Track((1, 2, 3), SamplingParams(temperature=1.0), seed=1)
+    await Driver(engine).run([first], 5)
+    engine.graphs.wait([info.key for info in engine.graphs.list()], 20)
+    before = engine.graphs.stats()
+    again = Track(first.prompt, first.sampling, first.seed)
+    driver = Driver(engine)
+    await driver.run([again], 5, is_eager=True)
+    assert again.completion == first.completion
+    assert all(output.receipt.graph == "" for output in driver.outputs)
+    after = engine.graphs.stats()
+    assert (after.num_hits, after.num_misses) == (before.num_hits, before.num_misses)
+
+
+async def test_failure_is_for_good_and_logged_once(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in a step becomes EngineFailedError for this and all later steps; one traceback is logged."""
+    model = TinyModel()
+    engine = await make_engine(model, run_ahead=1)
+    driver = Driver(engine)
+    sequence = Track((1, 2, 3))
+    driver.admit(sequence)
+    await driver.step([(sequence, 3)])
+    model.error = MemoryError("no more")
+    with caplog.at_level(logging.ERROR):
+        steps = [engine.step(driver.batch([(sequence, None)])) for _ in range(2)]
+        for step in steps:
+            with pytest.raises(EngineFailedError) as failure:
+                await step
+            assert failure.value.retry_after_seconds > 0
+            assert "no more" not in str(failure.value)
+    model.error = None
+    with pytest.raises(EngineFailedError):
+        await engine.step(driver.batch([(sequence, None)]))
+    assert len(caplog.records) == 1
+    assert caplog.records[0].exc_info is not None
+    assert isinstance(caplog.records[0].exc_info[1], MemoryError)
+
+
+async def test_failed_replay_lets_go_of_its_graph(make_engine: MakeEngine) -> None:
+    """A graph whose replay failed is not held for ever: closing does not wait for it."""
+    model = TinyModel()
+    engine = await make_engine(model)
+    driver = Driver(engine)
+    sequence = Track((1,))
+    await driver.run([sequence], 2)
+    key = StepKey(1, 1, Sampler.GREEDY)
+    engine.graphs.wait([key], 20)
+    graph = engine.graphs.lookup(key)
+    assert graph is not None
+    model.error = RuntimeError("lost")
+    driver.admit(sequence)
+    with pytest.raises(EngineFailedError):
+        await driver.step([(sequence, 1)])
+    assert not graph.is_in_use
+
+
+async def test_oversized_batches_are_refused(make_engine: MakeEngine) -> None:
+    """A batch larger than the static buffers is an AssertionError from step itself."""
+    engine = await make_engine(num_slots=2, max_step_tokens=16)
+    with pytest.raises(AssertionError, match="17 tokens"):
+        engine.step(Batch(0, [Row(0, 0, 17, [0] * 17, True)]))
+    with pytest.raises(AssertionError, match="3 rows"):
+        engine.step(Batch(0, [Row(slot, 0, 1, [0], True) for slot in range(3)]))
+
+
+async def test_close_ends_its_threads() -> None:
+    """After close, outstanding steps are done and no thread of the engine is left; a second close does nothing."""
+    before = set(threading.enumerate())
+    engine = TorchEngine(Tiny(), tiny_settings(), run_ahead=1)
+    await engine.start()
+    driver = Driver(engine)
+    sequence = driver.admit(Track((1, 2)))
+    steps = [engine.step(driver.batch([(sequence, 2)])), engine.step(driver.batch([(sequence, None)]))]
+    await engine.close()
+    await engine.close()
+    assert [(await step).step for step in steps] == [0, 1]
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+    assert not [thread for thread in left if not thread.name.startswith("asyncio")]
+
+
+async def test_engine_that_never_started_closes() -> None:
+    """close without start does nothing."""
+    await TorchEngine(Tiny(), tiny_settings()).close()
+
+
+async def test_torch_generators_are_never_drawn_from(make_engine: MakeEngine) -> None:
+    """A whole run of every sampler leaves torch's random state as it was."""
+    engine = await make_engine(backend=FakeBackend())
+    before = torch.random.get_rng_state()
+    for sampling in (GREEDY, SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.8)):
+        await Driver(engine).run([Track((1, 2, 3), sampling)], 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class WrongBackend(FakeBackend):
+    """Its replays leave out the work for one name: what a broken capture would do."""
+
+    broken = ""
+
+    def capture(self, name: str, work: Callable[[], None]) -> FakeCaptured:
+        return super().capture(name, (lambda: None) if name == self.broken else work)
+
+
+async def test_verification_finds_a_wrong_graph_and_passes_right_ones(make_engine: MakeEngine) -> None:
+    """A graph whose replay does not do the work is quarantined and never serves; right ones of all kinds are published,
+    while steps are served in between with unchanged tokens."""
+    backend = WrongBackend()
+    backend.broken = "t2-r2-gumbel"
+    engine = await make_engine(backend=backend)
+    keys = [
+        StepKey(tokens, rows, sampler)
+        for tokens, rows in ((1, 1), (2, 2), (8, 1), (16, 2), (48, 8))
+        for sampler in Sampler
+    ]
+    rng = random.Random(4)
+    sequences = [Track((rng.randrange(97),) * 9, SamplingParams(temperature=1.0), seed) for seed in range(3)]
+    expected = [Track(sequence.prompt, sequence.sampling, sequence.seed) for sequence in sequences]
+    await Driver(engine).run(expected, 6, is_eager=True)
+    for key in keys:
+        engine.graphs.request(key)
+    await Driver(engine).run(sequences, 6)
+    engine.graphs.wait(keys, 30)
+    assert [sequence.completion for sequence in sequences] == [sequence.completion for sequence in expected]
+    states = {str(key): engine.graphs.get(str(key)).state for key in keys}
+    assert states.pop("t2-r2-gumbel") is GraphState.QUARANTINED
+    assert set(states.values()) == {GraphState.READY}
+    assert engine.graphs.lookup(StepKey(2, 2, Sampler.GUMBEL)) is None
