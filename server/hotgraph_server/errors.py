@@ -54,6 +54,20 @@ class MalformedMessageError(RequestError):
     reason = "MALFORMED_MESSAGE"
 
 
+class MessageTooLargeError(RequestError):
+    """The request's message is over the size limit."""
+
+    reason = "MESSAGE_TOO_LARGE"
+
+    def __init__(self, *, limit_bytes: int, size_bytes: int) -> None:
+        super().__init__(
+            f"the message has {size_bytes} bytes, more than the {limit_bytes} that are taken",
+            metadata={"limit_bytes": str(limit_bytes), "size_bytes": str(size_bytes)},
+        )
+        self.limit_bytes = limit_bytes
+        self.size_bytes = size_bytes
+
+
 class ContextLengthError(RequestError):
     """Prompt and completion do not fit into the context together."""
 
@@ -75,7 +89,7 @@ class NotFoundError(RequestError):
     resource_type: ClassVar[str] = ""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"no {self.resource_type.removeprefix('hotgraph.v1.').lower()} of this name: {name!r}")
+        super().__init__(f"no {self.resource_type.rpartition('.')[2].lower()} of this name: {name!r}")
         self.name = name
 
 
@@ -91,6 +105,13 @@ class GraphNotFoundError(NotFoundError):
 
     reason = "GRAPH_NOT_FOUND"
     resource_type = "hotgraph.v1.Graph"
+
+
+class ServiceNotFoundError(NotFoundError):
+    """Health knows no service of this name."""
+
+    reason = "SERVICE_NOT_FOUND"
+    resource_type = "grpc.Service"
 
 
 class DuplicateRequestError(RequestError):

@@ -140,11 +140,36 @@ async def test_unknown_fields_are_ignored(served: Serving) -> None:
     assert len(response.choices[0].token_ids) == 2
 
 
-async def test_message_over_the_limit_is_refused_by_the_library(served: Serving) -> None:
-    """More than max_message_bytes is RESOURCE_EXHAUSTED, and the connection lives on."""
-    error = await refused(served.inference.Complete(CompleteRequest(text="x" * (5 << 20))))
+LIMIT = 4 << 20  # max_message_bytes by default
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, 5 << 20, 15 << 20])
+async def test_message_over_the_limit_is_refused(served: Serving, size: int) -> None:
+    """More than max_message_bytes is RESOURCE_EXHAUSTED with both numbers, streamed or not; the connection lives on."""
+    text = "x" * (size - 5)  # a tag and four bytes of length come before
+    row = Row("", {}, [], code=CODE.RESOURCE_EXHAUSTED, reason="MESSAGE_TOO_LARGE")
+    assert CompleteRequest(text=text).ByteSize() == size
+    for error in (
+        await refused(served.inference.Complete(CompleteRequest(text=text))),
+        await stream_refused(served.inference.Generate(GenerateRequest(text=text))),
+    ):
+        check("message over the limit", error, row)
+        assert error.metadata == {"limit_bytes": str(LIMIT), "size_bytes": str(size)}
+    await served.check_alive()
+
+
+async def test_message_of_the_limit_is_looked_at(served: Serving) -> None:
+    """A message of exactly max_message_bytes is read: what is wrong with it is its content."""
+    error = await refused(served.inference.Complete(CompleteRequest(text="x" * (LIMIT - 5))))
+    assert error.code is CODE.INVALID_ARGUMENT
+    await served.check_alive()
+
+
+async def test_message_far_over_the_limit_is_refused_by_the_library(served: Serving) -> None:
+    """What is four times too large is refused before it is in memory: RESOURCE_EXHAUSTED, and the connection lives on."""
+    error = await refused(served.inference.Complete(CompleteRequest(text="x" * (17 << 20))))
     assert error.code is CODE.RESOURCE_EXHAUSTED
-    seen.append(("message over the limit", error))
+    seen.append(("message far over the limit", error))
     await served.check_alive()
 
 

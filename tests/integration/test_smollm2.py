@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from hotgraph_server.config import (
 from hotgraph_server.engine import TorchEngine
 from hotgraph_server.models import LoadedModel, load_model
 from hotgraph_server.request import Request, SamplingParams, StopParams, TokensEvent
-from hotgraph_server.scheduler import Scheduler, SchedulerStatus
+from hotgraph_server.scheduler import Scheduler
+from hotgraph_server.scheduler.blocks import BlockManager, BlockTable
 
 from .texts import prompts
 
@@ -74,8 +76,8 @@ async def complete(
     kv_tokens: int = 16384,
     num_tokens: int = NUM_TOKENS,
     graphs: GraphSettings | None = None,
-) -> tuple[list[list[int]], SchedulerStatus]:
-    """Completions of all prompts with `at_once` of them in flight; and the scheduler's counts at the end."""
+) -> tuple[list[list[int]], list[int]]:
+    """Completions of all prompts with `at_once` of them in flight; and how often each was pre-empted."""
     layout = loaded.model.kv_layout
     token_bytes = sum(4 * layer.num_heads * (layer.key_dim + layer.value_dim) for layer in layout)
     settings = Settings(
@@ -88,7 +90,7 @@ async def complete(
     scheduler = Scheduler(engine, loaded.tokenizer, settings.scheduler)
     await scheduler.start()
 
-    async def one(index: int) -> list[int]:
+    async def one(index: int) -> tuple[list[int], int]:
         request = Request(
             f"r{index}",
             wanted[index],
@@ -98,14 +100,18 @@ async def complete(
             omit_text=True,
         )
         ids: list[int] = []
+        num_preemptions = 0
         async with scheduler.submit(request) as stream:
             async for event in stream:
                 if isinstance(event, TokensEvent):
                     ids += event.token_ids
-        return ids
+                else:
+                    num_preemptions = event.receipt.num_preemptions
+        return ids, num_preemptions
 
     try:
-        return list(await asyncio.gather(*map(one, range(len(wanted))))), scheduler.status()
+        done = await asyncio.gather(*map(one, range(len(wanted))))
+        return [ids for ids, _ in done], [num_preemptions for _, num_preemptions in done]
     finally:
         await scheduler.close()
         await engine.close()
@@ -125,9 +131,9 @@ def test_there_are_enough_prompts(all_prompts: Prompts) -> None:
 
 async def test_alone(loaded: LoadedModel, all_prompts: Prompts, expected: list[list[int]]) -> None:
     """One request at a time gives transformers' greedy tokens."""
-    found, status = await complete(loaded, all_prompts, at_once=1)
+    found, preemptions = await complete(loaded, all_prompts, at_once=1)
     assert_equal(found, expected, all_prompts)
-    assert status.num_preemptions == 0
+    assert not any(preemptions)
 
 
 async def test_eight_together(loaded: LoadedModel, all_prompts: Prompts, expected: list[list[int]]) -> None:
@@ -144,13 +150,28 @@ async def test_chunked_and_padded(loaded: LoadedModel, all_prompts: Prompts, exp
     assert_equal(found, expected, all_prompts)
 
 
-async def test_preempted(loaded: LoadedModel, all_prompts: Prompts, expected: list[list[int]]) -> None:
+async def test_too_few_blocks(loaded: LoadedModel, all_prompts: Prompts, expected: list[list[int]]) -> None:
     """With too few KV blocks for all, requests lose their place, are computed again, and give the same."""
     short = [index for index, prompt in enumerate(all_prompts) if len(prompt) <= 48]
     wanted = [all_prompts[index] for index in short]
-    found, status = await complete(loaded, wanted, at_once=8, kv_tokens=416)
+    found, preemptions = await complete(loaded, wanted, at_once=8, kv_tokens=416)
     assert_equal(found, [expected[index] for index in short], wanted)
-    assert status.num_preemptions > 0
+    assert any(preemptions)
+
+
+async def test_preempted(
+    loaded: LoadedModel, all_prompts: Prompts, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its length and at whatever token, a request that lost its place is computed again and gives the same."""
+    has_room, asked = BlockManager.can_extend, itertools.count(1)
+
+    def can_extend(self: BlockManager, table: BlockTable, num_tokens: int) -> bool:
+        return next(asked) % 40 > 0 and has_room(self, table, num_tokens)  # a request asks once a token
+
+    monkeypatch.setattr(BlockManager, "can_extend", can_extend)
+    found, preemptions = await complete(loaded, all_prompts, at_once=1)
+    assert_equal(found, expected, all_prompts)
+    assert all(preemptions)
 
 
 async def test_seeded_alone_and_among_others(loaded: LoadedModel, all_prompts: Prompts) -> None:

@@ -95,6 +95,12 @@ class MalformedMessageError(RequestError):
     status_code = grpc.StatusCode.INVALID_ARGUMENT
 
 
+class MessageTooLargeError(RequestError):
+    """The request's message is over the server's limit. `metadata`: limit_bytes, size_bytes."""
+
+    status_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 class ContextLengthError(RequestError):
     """Prompt and completion do not fit into the context together. `metadata`: limit, prompt_tokens, max_tokens."""
 
@@ -113,6 +119,10 @@ class ModelNotFoundError(NotFoundError):
 
 class GraphNotFoundError(NotFoundError):
     """The graph cache has no entry of this name."""
+
+
+class ServiceNotFoundError(NotFoundError):
+    """Health knows no service of this name."""
 
 
 class DuplicateRequestError(RequestError):

@@ -20,6 +20,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 ERROR_BY_REASON: dict[str, type[errors.HotgraphError]] = {
     "INVALID_REQUEST": errors.InvalidRequestError,
     "MALFORMED_MESSAGE": errors.MalformedMessageError,
+    "MESSAGE_TOO_LARGE": errors.MessageTooLargeError,
+    "SERVICE_NOT_FOUND": errors.ServiceNotFoundError,
     "CONTEXT_LENGTH": errors.ContextLengthError,
     "MODEL_NOT_FOUND": errors.ModelNotFoundError,
     "GRAPH_NOT_FOUND": errors.GraphNotFoundError,

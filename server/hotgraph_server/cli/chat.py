@@ -56,12 +56,13 @@ def chat(
 
 
 def _run_interactive(conversation: Conversation) -> None:
-    import readline  # noqa: F401  # gives input() its line editing and the history of this session
+    from prompt_toolkit import PromptSession
 
+    lines: PromptSession[str] = PromptSession()
     note("Ctrl-C cancels an answer, Ctrl-D ends, /help tells more.")
     while not conversation.is_over:
         try:
-            line = input("> ")
+            line = lines.prompt("> ")
         except EOFError:
             note("")
             return

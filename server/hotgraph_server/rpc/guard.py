@@ -23,6 +23,7 @@ from hotgraph_server.errors import (
     InternalError,
     InvalidRequestError,
     MalformedMessageError,
+    MessageTooLargeError,
     NotPossibleError,
     Violation,
 )
@@ -71,7 +72,8 @@ class Guard(grpc.aio.ServerInterceptor):
     """Replaces the handlers of `services`; other services pass untouched.
 
     `admit` is called with the method's full name and the context before the message is looked at; what it raises ends the
-    call.
+    call. `max_message_bytes` bounds requests and unary answers, unpacked: the library's own refusal carries no details, so it
+    must be told a higher limit.
     """
 
     def __init__(self, services: Collection[str], *, admit: Admit, max_message_bytes: int) -> None:
@@ -142,6 +144,8 @@ class Guard(grpc.aio.ServerInterceptor):
         request_id = ""
         try:
             self._admit(method, context)
+            if len(data) > self._max_message_bytes:
+                raise MessageTooLargeError(limit_bytes=self._max_message_bytes, size_bytes=len(data))
             request = parse_request(parse, data)
             request_id = named_request(request)
             return await behaviour(request, context)

@@ -13,6 +13,9 @@ from typing import Any, Final
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hotgraph_server.errors import ServiceNotFoundError
+from hotgraph_server.rpc.status import status_of
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 OVERALL: Final = ""
@@ -52,7 +55,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802  (the contract's name)
         status = self._statuses.get(request.service)
         if status is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no service of this name")
+            refusal = status_of(ServiceNotFoundError(request.service))
+            await context.abort(refusal.code, refusal.message, refusal.trailing_metadata)
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802

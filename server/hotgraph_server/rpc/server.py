@@ -69,6 +69,9 @@ KEEPALIVE_TIMEOUT_MS: Final = 5_000
 PING_TIMEOUT_MS: Final = 5_000
 # Clients may ping every 10 s through a long quiet call; by default the library would drop their connection for that.
 MIN_PING_INTERVAL_MS: Final = 5_000
+# Up to this many times the limit of one message the guard refuses, with details; beyond, the library does, before it has
+# the message in memory.
+MESSAGE_LIMIT_HEADROOM: Final = 4
 # Headers: refused at random above the first, always above the second.
 MAX_METADATA_BYTES: Final = 8 * KIB
 ABSOLUTE_MAX_METADATA_BYTES: Final = 16 * KIB
@@ -91,7 +94,7 @@ def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_receive_message_length", MESSAGE_LIMIT_HEADROOM * settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", ABSOLUTE_MAX_METADATA_BYTES),

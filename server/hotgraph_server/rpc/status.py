@@ -27,6 +27,8 @@ CODES: Final[dict[type[errors.HotgraphError], grpc.StatusCode]] = {
     errors.ContextLengthError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.GraphNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.ServiceNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.MessageTooLargeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     errors.NotPossibleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EventsGoneError: grpc.StatusCode.OUT_OF_RANGE,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # its stubs come without py.typed
+from grpc.aio import AbortError
 from grpc_health.v1 import health_pb2
 
 from hotgraph_server.rpc.health import HealthServicer
+from hotgraph_server.rpc.status import DETAILS_KEY
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,6 +66,22 @@ async def test_closing_says_the_last_word_and_ends_watches() -> None:
     health.close()
     await asyncio.wait_for(task, 5)
     assert context.written == [SERVING, NOT_SERVING]
+
+
+async def test_unknown_service_is_not_found_with_details() -> None:
+    """A check of a name that is not served tells the reason and the name."""
+
+    class Refusing:
+        async def abort(self, code: grpc.StatusCode, message: str, metadata: Any) -> None:
+            raise AbortError(code, dict(metadata))
+
+    with pytest.raises(AbortError) as caught:
+        await HealthServicer(["a"]).Check(health_pb2.HealthCheckRequest(service="b"), Refusing())  # type: ignore[arg-type]
+    code, metadata = caught.value.args
+    assert code is grpc.StatusCode.NOT_FOUND
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(metadata[DETAILS_KEY]).details[0].Unpack(info)
+    assert (info.reason, info.domain) == ("SERVICE_NOT_FOUND", "hotgraph")
 
 
 async def test_only_known_names_can_be_set() -> None:

@@ -32,6 +32,8 @@ def example(kind: type[HotgraphError]) -> HotgraphError:
         return errors.InvalidRequestError([Violation("a.b", "is odd")])
     if kind is errors.ContextLengthError:
         return CONTEXT
+    if kind is errors.MessageTooLargeError:
+        return errors.MessageTooLargeError(limit_bytes=10, size_bytes=11)
     if issubclass(kind, RetryableError):
         return kind("later", retry_after_seconds=1.25)
     return kind("what happened")
