@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
 import stat
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,7 +19,8 @@ from grpc_health.v1 import health_pb2
 
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from hotgraph_server.config import ModelSettings, ServerSettings, Settings
-from tests.integration.harness import PATIENCE_SECONDS, Caller, eventually, refused
+from tests.integration.harness import Caller, refused
+from tests.integration.processes import Process, process
 
 PROGRAM = """
 import logging, sys
@@ -45,56 +44,12 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
+def run_fake(settings: Settings) -> AbstractAsyncContextManager[Process]:
+    return process(settings, PROGRAM)
+
+
 def fake_settings(*listen: str, **server: Any) -> Settings:
     return Settings(model=ModelSettings(source="fake"), server=ServerSettings(listen=listen, **server))
-
-
-class Process:
-    """A daemon's process; its log is gathered."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.log: list[str] = []
-        self._reader = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        async for line in self.process.stderr:
-            self.log.append(line.decode().rstrip())
-
-    async def logged(self, text: str) -> str:
-        """The first line that holds the text, as soon as it is there."""
-
-        def find() -> str | None:
-            return next((line for line in self.log if text in line), None)
-
-        line: str = await eventually(lambda: find() or (self._reader.done() and self._fail(text)))
-        return line
-
-    def _fail(self, text: str) -> Never:
-        raise AssertionError(f"the process ended without saying {text!r}:\n" + "\n".join(self.log))
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self) -> int:
-        """The exit status."""
-        status = await asyncio.wait_for(self.process.wait(), PATIENCE_SECONDS)
-        await self._reader
-        return status
-
-
-@asynccontextmanager
-async def process(settings: Settings) -> AsyncIterator[Process]:
-    """A daemon in a process of its own; killed in the end if it still runs."""
-    arguments = (sys.executable, "-c", PROGRAM, settings.model_dump_json())
-    running = Process(await asyncio.create_subprocess_exec(*arguments, stderr=asyncio.subprocess.PIPE))
-    try:
-        yield running
-    finally:
-        if running.process.returncode is None:
-            running.signal(signal.SIGKILL)
-        await running.ended()
 
 
 async def remaining_kinds(call: Any) -> list[str]:
@@ -108,7 +63,7 @@ async def remaining_kinds(call: Any) -> list[str]:
 async def test_signal_drains_and_the_process_ends_well(folder: Path, number: int) -> None:
     """Running streams finish, new calls are refused, health says so, and the exit status is 0 without a traceback."""
     address = f"unix:{folder}/s"
-    async with process(fake_settings(address)) as daemon:
+    async with run_fake(fake_settings(address)) as daemon:
         await daemon.logged("serving fake")
         async with Caller(address) as caller:
             stream = caller.inference.Generate(GenerateRequest(text="x", max_tokens=100))
@@ -128,7 +83,7 @@ async def test_signal_drains_and_the_process_ends_well(folder: Path, number: int
 async def test_grace_ends_what_is_too_long(folder: Path) -> None:
     """After drain_grace_seconds the rest ends with DRAINING, and the process still ends well."""
     address = f"unix:{folder}/s"
-    async with process(fake_settings(address, drain_grace_seconds=0.2)) as daemon:
+    async with run_fake(fake_settings(address, drain_grace_seconds=0.2)) as daemon:
         await daemon.logged("serving fake")
         async with Caller(address) as caller:
             stream = caller.inference.Generate(GenerateRequest(text="x", max_tokens=1000))
@@ -143,7 +98,7 @@ async def test_grace_ends_what_is_too_long(folder: Path) -> None:
 async def test_second_signal_ends_at_once(folder: Path) -> None:
     """Nobody waits for the grace after a second signal."""
     address = f"unix:{folder}/s"
-    async with process(fake_settings(address, drain_grace_seconds=600.0)) as daemon:
+    async with run_fake(fake_settings(address, drain_grace_seconds=600.0)) as daemon:
         await daemon.logged("serving fake")
         async with Caller(address) as caller:
             stream = caller.inference.Generate(GenerateRequest(text="x", max_tokens=1000))
@@ -159,9 +114,9 @@ async def test_second_signal_ends_at_once(folder: Path) -> None:
 async def test_second_daemon_on_one_socket_is_refused(folder: Path) -> None:
     """It ends with 69 and one clear line; the first serves on, and its socket stays."""
     address = f"unix:{folder}/s"
-    async with process(fake_settings(address)) as first:
+    async with run_fake(fake_settings(address)) as first:
         await first.logged("serving fake")
-        async with process(fake_settings(address)) as second:
+        async with run_fake(fake_settings(address)) as second:
             assert await second.ended() == 69
             errors = [line for line in second.log if "ERROR" in line]
             assert len(errors) == 1
@@ -174,12 +129,12 @@ async def test_second_daemon_on_one_socket_is_refused(folder: Path) -> None:
 async def test_stale_socket_is_cleared_away(folder: Path) -> None:
     """After SIGKILL the next daemon takes the path over without help."""
     address = f"unix:{folder}/s"
-    async with process(fake_settings(address)) as first:
+    async with run_fake(fake_settings(address)) as first:
         await first.logged("serving fake")
         first.signal(signal.SIGKILL)
         await first.ended()
     assert (folder / "s").is_socket()
-    async with process(fake_settings(address)) as second:
+    async with run_fake(fake_settings(address)) as second:
         await second.logged("serving fake")
         async with Caller(address) as caller:
             await caller.check_alive()
@@ -187,7 +142,7 @@ async def test_stale_socket_is_cleared_away(folder: Path) -> None:
 
 async def test_socket_is_not_for_others(folder: Path) -> None:
     """The socket's mode never gives anything to other users."""
-    async with process(fake_settings(f"unix:{folder}/s")) as daemon:
+    async with run_fake(fake_settings(f"unix:{folder}/s")) as daemon:
         await daemon.logged("listening on")
         assert stat.S_IMODE((folder / "s").stat().st_mode) & 0o007 == 0
 
@@ -195,7 +150,7 @@ async def test_socket_is_not_for_others(folder: Path) -> None:
 async def test_file_in_the_way_is_a_bad_setting(folder: Path) -> None:
     """A regular file is not removed: exit status 78, and one line that names it."""
     (folder / "s").write_text("precious")
-    async with process(fake_settings(f"unix:{folder}/s")) as daemon:
+    async with run_fake(fake_settings(f"unix:{folder}/s")) as daemon:
         assert await daemon.ended() == 78
         assert any("is no socket" in line for line in daemon.log)
     assert (folder / "s").read_text() == "precious"
@@ -206,7 +161,7 @@ async def test_foreign_live_socket_is_respected(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(folder / "s"))
         other.listen()
-        async with process(fake_settings(f"unix:{folder}/s")) as daemon:
+        async with run_fake(fake_settings(f"unix:{folder}/s")) as daemon:
             assert await daemon.ended() == 69
     assert (folder / "s").is_socket()
 
@@ -215,7 +170,7 @@ async def test_port_in_use_is_a_clear_error(folder: Path) -> None:
     """A port that is taken: exit status 69, one line with the address, and the socket is given back too."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        async with process(fake_settings(f"unix:{folder}/s", address)) as daemon:
+        async with run_fake(fake_settings(f"unix:{folder}/s", address)) as daemon:
             assert await daemon.ended() == 69
             assert any(f"another process listens on {address}" in line for line in daemon.log)
     assert os.listdir(folder) == []
@@ -223,9 +178,9 @@ async def test_port_in_use_is_a_clear_error(folder: Path) -> None:
 
 async def test_second_daemon_on_one_port_is_refused(folder: Path) -> None:
     """Two daemons never share a port silently."""
-    async with process(fake_settings("127.0.0.1:0")) as first:
+    async with run_fake(fake_settings("127.0.0.1:0")) as first:
         address = (await first.logged("listening on")).rpartition(" ")[2]
-        async with process(fake_settings(address)) as second:
+        async with run_fake(fake_settings(address)) as second:
             assert await second.ended() == 69
 
 
@@ -234,7 +189,7 @@ async def test_second_daemon_on_one_port_is_refused(folder: Path) -> None:
 )
 async def test_impossible_address_is_a_bad_setting(listen: str) -> None:
     """Exit status 78, one line, no traceback."""
-    async with process(fake_settings(listen)) as daemon:
+    async with run_fake(fake_settings(listen)) as daemon:
         assert await daemon.ended() == 78
         assert len([line for line in daemon.log if "ERROR" in line]) == 1
         assert not any("Traceback" in line for line in daemon.log)
