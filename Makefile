@@ -8,10 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/hotgraph/v1/*.proto)
 CODE := server clients/python graphcache benchmarks tests hatch_build.py
+# On a machine that has torch, the stubs and no way to install anything, its own Python does; elsewhere .venv is set up.
+GPU_NEEDS := $(if $(wildcard $(BIN)/python),protos,$(if $(wildcard protos/hotgraph/v1/*_pb2.py),,protos))
+GPU_PYTHON = PYTHONPATH=protos:server:clients/python:.:$$PYTHONPATH $(if $(GPU_NEEDS),$(BIN)/python,python3)
+GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench clean
+.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench bench-gpu clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,11 +53,17 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 test-clients: $(VENV)/.dev protos ## the clients against the real daemon
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 
-test-gpu: protos ## the tests that need an NVIDIA GPU, with the Python that has torch there
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
+test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
 
 bench: $(VENV)/.dev protos ## tokens a second against transformers' generate, on this machine
 	$(BIN)/hotgraph bench --compare-transformers $(BENCH_ARGUMENTS)
+
+bench-gpu: $(GPU_NEEDS) ## on an NVIDIA GPU: latency, what captures cost, ten minutes of storm; raw results to GPU_RESULTS
+	$(GPU_PYTHON) -m benchmarks.gpu.latency --grpc --out $(GPU_RESULTS)/latency.json
+	$(GPU_PYTHON) -m benchmarks.gpu.graphs --from-files --out $(GPU_RESULTS)/graphs.json
+	$(GPU_PYTHON) -m benchmarks.gpu.interference --out $(GPU_RESULTS)/interference.json
+	$(GPU_PYTHON) -m benchmarks.gpu.storm --out $(GPU_RESULTS)/storm.json
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,17 +1,28 @@
-"""The README's tables of measured figures, from the raw results beside this file: `python benchmarks/tables.py`.
+"""The tables of measured figures, from raw results: `python -m benchmarks.tables [RESULT.json ...]`.
 
-It computes medians of samples that are there and nothing else; a figure that is in no result cannot come out of it.
+Without names it makes the README's. It computes medians and percentiles of samples that are there and nothing else; a
+figure that is in no result cannot come out of it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+GPU_TABLES = {
+    "latency": ("benchmarks.gpu.latency", "tables"),
+    "storm": ("benchmarks.gpu.storm", "summary"),
+    "interference": ("benchmarks.gpu.interference", "tables"),
+    "graphs": ("benchmarks.gpu.graphs", "tables"),
+}
+"""Where the tables of each of our GPU benchmarks are made: imported when one is asked for, since that needs torch."""
 
 
 def comparison_table(result: dict[str, Any]) -> str:
@@ -33,11 +44,36 @@ def comparison_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Writes every table to standard output."""
-    result = json.loads((RESULTS / "cpu-comparison.json").read_text())
-    sys.stdout.write(comparison_table(result) + "\n")
+def tables(result: dict[str, Any]) -> str:
+    """The Markdown of any result that this project writes. Raises ValueError for what it does not know."""
+    if isinstance(result.get("result"), list):
+        return comparison_table(result)
+    name = result.get("name")
+    if name in GPU_TABLES:
+        module, function = GPU_TABLES[name]
+        text: str = getattr(importlib.import_module(module), function)(result)
+        return text
+    if "tables" in result.get("results", {}):
+        paper = importlib.import_module("benchmarks.paper.tables")
+        return str(paper.all_markdown(result))
+    raise ValueError("no result of a benchmark of ours")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the tables to standard output. Returns 1 when a file holds no result."""
+    names = sys.argv[1:] if argv is None else argv
+    if not names:
+        result = json.loads((RESULTS / "cpu-comparison.json").read_text())
+        sys.stdout.write(comparison_table(result) + "\n")
+    for path in map(Path, names):
+        try:
+            text = tables(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            sys.stderr.write(f"{path}: {error}\n")
+            return 1
+        sys.stdout.write(f"### {path.stem}\n\n{text}\n\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Captures work in the background and replays it: a cache of CUDA graphs, or of what stands in for them.
 
 Give it a program (a function over static buffers for each key) and a backend; look graphs up while serving. It knows no
-server, no model and, apart from the backends that need it, no torch.
+server, no model and no torch, but for `graphcache.backends.cuda`, which is imported by those who use it: `CudaBackend`.
 """
 
 from graphcache.backends import EagerBackend, FakeBackend, FakeProgram
@@ -10,6 +10,7 @@ from graphcache.clock import Clock, FakeClock, SystemClock
 from graphcache.errors import (
     CacheClosedError,
     CaptureError,
+    DeviceLostError,
     EventsGoneError,
     GraphCacheError,
     GraphStateError,
@@ -20,6 +21,7 @@ from graphcache.graph import TRANSITIONS, CaptureTimings, Graph, GraphInfo, Grap
 from graphcache.interface import Backend, Captured, Program
 from graphcache.ladder import Ladder
 from graphcache.ledger import BudgetInfo
+from graphcache.optimiser import SizeHistogram, choose_ladder, ladder_seconds
 from graphcache.policy import Candidate, EvictionPolicy, LfuPolicy, LruPolicy, ValuePolicy
 from graphcache.profile import Profile, ProfileEntry
 from graphcache.settings import CacheSettings, CacheStats
@@ -36,6 +38,7 @@ __all__ = [
     "CaptureTimings",
     "Captured",
     "Clock",
+    "DeviceLostError",
     "EagerBackend",
     "Event",
     "EventType",
@@ -59,7 +62,10 @@ __all__ = [
     "ProfileEntry",
     "Program",
     "Segment",
+    "SizeHistogram",
     "SystemClock",
     "UnknownGraphError",
     "ValuePolicy",
+    "choose_ladder",
+    "ladder_seconds",
 ]

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from graphcache.capture import Capturer
 from graphcache.clock import Clock, SystemClock
 from graphcache.core import CacheCore
-from graphcache.errors import CacheClosedError, GraphStateError
+from graphcache.errors import CacheClosedError, DeviceLostError, GraphStateError
 from graphcache.events import Event, EventType, Listener
 from graphcache.graph import Graph, GraphInfo, GraphState, Priority
 from graphcache.interface import Backend, Program
@@ -117,7 +117,8 @@ class GraphCache(Generic[K]):
         """Queues a capture; one that is queued already is raised to the higher priority.
 
         Left alone: what is there or under way; and what backs off or is quarantined, unless an operator asks. With a full
-        queue the least wanted wish leaves it, which may be this one: then it is EVICTED. Raises CacheClosedError.
+        queue the least wanted wish leaves it, which may be this one: then it is EVICTED. Raises CacheClosedError, and
+        DeviceLostError once the device is lost.
         """
         with self._core.changing():
             self._check_open()
@@ -167,6 +168,11 @@ class GraphCache(Generic[K]):
         self._wake()
 
     # What is there.
+
+    @property
+    def lost(self) -> DeviceLostError | None:
+        """Why nothing is captured any more: the device is lost, and with it what was published. None as long as it works."""
+        return self._task.lost
 
     def list(self, states: Collection[GraphState] = ()) -> builtins.list[GraphInfo[K]]:
         """Entries in one of these states (none: in any), most hits first."""
@@ -235,6 +241,20 @@ class GraphCache(Generic[K]):
                 raise GraphStateError(f"{name} is pinned")
             self._store.evict(entry, "asked for")
             return self._store.info(entry)
+
+    def report_failure(self, graph: Graph[K], reason: str) -> bool:
+        """A published graph failed or gave wrong results: unpublishes it at once, pinned or not, and quarantines its key.
+
+        `reason`: fixed words, shown to operators. Takes the cache's lock, as it should be rare. Returns whether the graph
+        was still published. Whoever holds it releases it all the same; it is destroyed once nothing uses it.
+        """
+        with self._core.changing():
+            self._settle()
+            entry = self._entries.get(graph.key)
+            if entry is None or entry.graph is not graph:
+                return False
+            self._store.withdraw(entry, reason)
+            return True
 
     def budget(self) -> BudgetInfo:
         with self._core.changing():
@@ -339,7 +359,8 @@ class GraphCache(Generic[K]):
     def import_profile(self, profile: Profile[K]) -> tuple[int, int]:
         """Queues what was hot, in the profile's order, as far as the budget goes; returns how many, and how many not.
 
-        Skipped is what is there, under way or backing off, and what would not fit behind the entries before it.
+        Skipped is what is there, under way or backing off, and what would not fit behind the entries before it. Raises
+        CacheClosedError, and DeviceLostError once the device is lost.
         """
         with self._core.changing():
             self._check_open()
@@ -353,6 +374,8 @@ class GraphCache(Generic[K]):
     def _check_open(self) -> None:
         if self._worker.state is WorkerState.CLOSED:
             raise CacheClosedError("the cache was closed")
+        if self._task.lost is not None:
+            raise DeviceLostError(str(self._task.lost)) from self._task.lost
 
     def _settle(self) -> None:
         """Brings what is about to be shown or changed up to date."""

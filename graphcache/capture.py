@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from graphcache.clock import Clock
-from graphcache.errors import CaptureError
+from graphcache.errors import CaptureError, DeviceLostError
 from graphcache.interface import Backend, Captured, Program
 
 K = TypeVar("K", bound=Hashable)
@@ -23,7 +23,10 @@ class MismatchError(CaptureError):
 
 
 class Capturer(Generic[K]):
-    """Runs the phases and turns whatever goes wrong into a CaptureError with a fixed text; the rest goes to the log."""
+    """Runs the phases and turns whatever goes wrong into a CaptureError with a fixed text; the rest goes to the log.
+
+    Only DeviceLostError passes as it is, from any phase.
+    """
 
     def __init__(self, program: Program[K], backend: Backend, clock: Clock, *, checkpoint: Callable[[], None]) -> None:
         self._program = program
@@ -61,9 +64,9 @@ class Capturer(Generic[K]):
         """
         if not self._backend.needs_verification:
             return None
-        started = self._clock.monotonic()
         try:
             self._checkpoint()
+            started = self._clock.monotonic()
             is_equal = self._guard(f"verifying {name} failed", lambda: self._program.verify(key, captured.replay))
             if not is_equal:
                 raise MismatchError(MISMATCH)
@@ -82,7 +85,7 @@ class Capturer(Generic[K]):
     def _guard(self, failure: str, call: Callable[[], R]) -> R:
         try:
             return call()
-        except CaptureError:
+        except (CaptureError, DeviceLostError):
             raise
         except Exception as error:
             log.exception("%s", failure)

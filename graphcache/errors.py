@@ -14,6 +14,13 @@ class CaptureError(GraphCacheError):
     """
 
 
+class DeviceLostError(GraphCacheError):
+    """The device answers every call with an error and goes on doing so: only a new process helps.
+
+    A backend raises it in place of CaptureError. The cache captures nothing from then on and keeps it as `GraphCache.lost`.
+    """
+
+
 class UnknownGraphError(GraphCacheError):
     """The cache has no entry of this name: never asked for, or forgotten."""
 

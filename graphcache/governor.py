@@ -25,6 +25,7 @@ class Governor:
         self._rate = stall_budget_seconds  # seconds of interference per second of serving
         self._tokens_seconds = self._capacity_seconds
         self._filled_monotonic = clock.monotonic()
+        self.waited_seconds = 0.0  # that captures under way stood still for a pause; written by the capture thread
         self._running = threading.Event()
         self._running.set()
 
@@ -56,7 +57,10 @@ class Governor:
 
     def wait_while_paused(self) -> None:
         """Returns once captures are not paused. For the capture thread, between the phases of a capture."""
-        self._running.wait()
+        if not self._running.is_set():
+            started = self._clock.monotonic()
+            self._running.wait()
+            self.waited_seconds += self._clock.monotonic() - started
 
     def delay_seconds(self, *, is_serving: bool) -> float:
         """How long until a capture may start; 0 for now, infinite while nothing but an event changes that."""

@@ -33,7 +33,12 @@ TRANSITIONS: dict[GraphState, frozenset[GraphState]] = {
         }
     ),
     GraphState.CAPTURING: frozenset({GraphState.READY, GraphState.FAILED, GraphState.QUARANTINED}),
-    GraphState.READY: frozenset({GraphState.EVICTED}),
+    GraphState.READY: frozenset(
+        {
+            GraphState.EVICTED,
+            GraphState.QUARANTINED,  # whoever replayed it found it wrong
+        }
+    ),
     GraphState.EVICTED: frozenset({GraphState.QUEUED}),
     GraphState.FAILED: frozenset({GraphState.QUEUED}),
     GraphState.QUARANTINED: frozenset({GraphState.QUEUED}),

@@ -14,7 +14,8 @@ class Program(Protocol[K_contra]):
     def bind(self, key: K_contra) -> Callable[[], None]:
         """The work for `key`, over static buffers: no arguments, no result, the same pointers at each call.
 
-        Loads and compiles everything the work needs, now: a capture must not. Raises CaptureError.
+        Loads and compiles everything the work needs, now, since a capture must not: `Backend.warm_up` runs it for that.
+        Raises CaptureError.
         """
         ...
 
@@ -74,7 +75,17 @@ class Backend(Protocol):
         ...
 
     def capture(self, name: str, work: Callable[[], None]) -> Captured:
-        """Records `work` and makes it launchable. Raises CaptureError, and then holds nothing of it."""
+        """Records `work` and makes it launchable.
+
+        Raises CaptureError, and then holds nothing of it; DeviceLostError when no capture can succeed any more.
+        """
+        ...
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Runs `work` once, for real, apart from what is served, and returns when it is over. For a program's `bind`.
+
+        It must not touch what is being served. Raises CaptureError, or DeviceLostError.
+        """
         ...
 
     def close(self) -> None:

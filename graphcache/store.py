@@ -161,6 +161,20 @@ class GraphStore(Generic[K]):
 
     def evict(self, entry: Entry[K], detail: str) -> None:
         """Unpublishes a ready, unpinned graph; `take_idle` has it once nothing uses it."""
+        self._unpublish(entry)
+        self.num_evictions += 1
+        self._move(entry, GraphState.EVICTED)
+        self._tell(EventType.EVICTED, entry, detail)
+        self._wake()
+
+    def withdraw(self, entry: Entry[K], failure: str) -> None:
+        """Unpublishes a ready graph that proved wrong, pinned or not, and quarantines its key."""
+        self.unpin(entry, failure)
+        self._unpublish(entry)
+        self.quarantine(entry, failure)
+        self._wake()
+
+    def _unpublish(self, entry: Entry[K]) -> None:
         if entry.graph is None or entry.captured is None:
             raise GraphStateError(f"{entry.name} is {entry.state.value}, not ready")
         del self.published[entry.key]
@@ -168,10 +182,6 @@ class GraphStore(Generic[K]):
         self.retired.append(Retired(entry.graph, entry.captured, entry.size_bytes))
         self.ledger.retire(entry.size_bytes)
         entry.graph = entry.captured = entry.segment = None
-        self.num_evictions += 1
-        self._move(entry, GraphState.EVICTED)
-        self._tell(EventType.EVICTED, entry, detail)
-        self._wake()
 
     def pin(self, entry: Entry[K], seconds: float) -> None:
         """Again: renews the lease. Raises GraphStateError when it is not ready."""

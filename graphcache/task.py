@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from graphcache.capture import Capturer, MismatchError
 from graphcache.core import NEW_SAMPLE_WEIGHT, CacheCore
 from graphcache.entry import Entry
-from graphcache.errors import CaptureError
+from graphcache.errors import CaptureError, DeviceLostError
 from graphcache.events import EventType
 from graphcache.graph import CaptureTimings
 from graphcache.interface import Captured
@@ -29,6 +29,7 @@ class CaptureTask(Generic[K]):
         self._capturer = capturer
         self._signal = signal
         self._shut_seconds = shut_seconds
+        self.lost: DeviceLostError | None = None
         self._report_monotonic = core.clock.monotonic() + core.settings.statistics_interval_seconds
 
     def open(self) -> None:
@@ -93,7 +94,7 @@ class CaptureTask(Generic[K]):
 
     def _capture(self, entry: Entry[K]) -> None:
         core = self._core
-        started = core.clock.monotonic()
+        started, waited_seconds = core.clock.monotonic(), core.governor.waited_seconds
         try:
             captured, timings = self._record(entry, started)
         except MismatchError as error:
@@ -102,15 +103,29 @@ class CaptureTask(Generic[K]):
         except CaptureError as error:
             with core.changing():
                 core.store.fail(entry, str(error))
+        except DeviceLostError as error:
+            self._lose(entry, error)
         else:
             self._publish(entry, captured, timings)
-        seconds = core.clock.monotonic() - started
+        # A capture that stands still for a pause holds nobody up.
+        seconds = core.clock.monotonic() - started - (core.governor.waited_seconds - waited_seconds)
         with core.changing():
             core.capture_seconds += NEW_SAMPLE_WEIGHT * (seconds - core.capture_seconds)
             core.governor.charge(seconds, is_serving=core.is_serving)
 
+    def _lose(self, entry: Entry[K], error: DeviceLostError) -> None:
+        """Nothing is captured any more; what is published stays, and fails in the hands of whoever replays it."""
+        core = self._core
+        log.critical("no capture from now on: %s", error)
+        with core.changing():
+            self.lost = error
+            core.is_closed = True
+            core.store.fail(entry, str(error))
+            for key in core.pending.clear():
+                core.store.unplan(core.store.entries[key], str(error))
+
     def _record(self, entry: Entry[K], started: float) -> tuple[Captured, CaptureTimings]:
-        """Raises CaptureError, and then nothing is left of it."""
+        """Raises CaptureError or DeviceLostError, and then nothing is left of it."""
         core = self._core
         captured = self._capturer.capture(entry.key, entry.name)
         with core.changing():

@@ -1,4 +1,4 @@
-"""What can capture. Each is one file; a backend that needs a library imports it in its own file only."""
+"""What can capture. A backend that needs a library is imported from its own file only: `graphcache.backends.cuda`."""
 
 from graphcache.backends.eager import EagerBackend
 from graphcache.backends.fake import FakeBackend, FakeProgram

@@ -42,5 +42,8 @@ class EagerBackend:
     def capture(self, name: str, work: Callable[[], None]) -> EagerCaptured:
         return EagerCaptured(work, self._size_bytes(name) if self._size_bytes is not None else 0)
 
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
     def close(self) -> None:
         """Nothing to give back."""

@@ -72,6 +72,7 @@ class FakeBackend:
         self.gate: threading.Event | None = None
         self.num_starts = 0
         self.num_closes = 0
+        self.num_warm_ups = 0
         self.num_captures: Counter[str] = Counter()
         self.num_destroys: Counter[str] = Counter()
         self.num_replays: Counter[str] = Counter()
@@ -97,6 +98,11 @@ class FakeBackend:
         self.num_captures[name] += 1
         self.live.append(captured)
         return captured
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        self._check_thread()
+        self.num_warm_ups += 1
+        work()
 
     def close(self) -> None:
         self._check_thread()

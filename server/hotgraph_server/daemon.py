@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import gc
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -50,6 +52,8 @@ LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once eve
 CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
 PROFILE_ENTRIES: Final = 1000
+# How long a thread that computes in Python may keep the others waiting: captures record in one, beside those that serve.
+SWITCH_INTERVAL_SECONDS: Final = 0.0005
 
 Result = TypeVar("Result")
 
@@ -204,6 +208,7 @@ class Daemon:
         self._scheduler = scheduler
         served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
         self._import_profile(served)
+        gc.freeze()  # model and libraries are here to stay: no collection has to walk through them
         self.lifecycle.serve(served)
         hub = self._rpc.open(served)
         self._warmth = asyncio.get_running_loop().create_task(self._watch_warmth(served, hub), name="warmth")
@@ -387,5 +392,6 @@ async def serve(settings: Settings, *, build: BuildParts = build_parts) -> int:
 
 def run(settings: Settings) -> int:
     """`serve` on an event loop of its own, which is the only one of the process that uses gRPC."""
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(settings))

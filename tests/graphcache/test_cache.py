@@ -236,3 +236,38 @@ def test_closing_ends_a_pause_and_waits_for_uses(make_cache: MakeCache, backend:
     closer.join(30)
     assert not closer.is_alive()
     assert backend.num_destroys["a"] == 1
+
+
+def test_a_reported_graph_serves_no_more(
+    cache: GraphCache[str], backend: FakeBackend, program: FakeProgram, clock: FakeClock
+) -> None:
+    """A graph that failed after it was published is unpublished at once, pinned or not, its key quarantined until an
+    operator asks, and the graph destroyed only when its last user lets go."""
+    capture(cache, "a", "b")
+    cache.pin("a", 60.0)
+    graph = cache.acquire("a")
+    assert graph is not None
+    sequence = cache.last_sequence
+    assert cache.report_failure(graph, "logits were not finite")
+    assert cache.lookup("a") is None
+    info = cache.get("a")
+    assert (info.state, info.failure, info.num_failures) == (GraphState.QUARANTINED, "logits were not finite", 1)
+    assert info.pin_expire_time is None
+    assert types(cache.events(sequence)) == [EventType.UNPINNED, EventType.QUARANTINED]
+    budget = cache.budget()
+    assert (budget.used_bytes, budget.pinned_bytes, budget.retiring_bytes) == (100, 0, 100)
+    cache.record_miss("a", 0.1)
+    assert cache.run_pending() == 0
+    assert backend.num_destroys["a"] == 0
+    assert not cache.report_failure(graph, "again")
+    graph.release()
+    cache.run_pending()
+    assert backend.num_destroys["a"] == 1
+    assert cache.budget().retiring_bytes == 0
+    assert cache.stats().num_failures == 1
+    assert cache.lookup("b") is not None
+    cache.request("a", Priority.OPERATOR)
+    assert cache.run_pending() == 1
+    assert cache.get("a").state is GraphState.READY
+    assert not cache.report_failure(graph, "the old one, late")
+    assert cache.get("a").state is GraphState.READY

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from graphcache import CaptureError, EagerBackend, FakeBackend, FakeClock, FakeProgram
+from graphcache import CaptureError, DeviceLostError, EagerBackend, FakeBackend, FakeClock, FakeProgram
 from graphcache.capture import Capturer, MismatchError
 
 
@@ -51,6 +51,25 @@ def test_capture_errors_pass_with_their_text(program: FakeProgram, backend: Fake
     program.failures["b"] = CaptureError("no kernel for it")
     with pytest.raises(CaptureError, match=r"^no kernel for it$"):
         capturer.capture("b", "b")
+
+
+def test_a_lost_device_passes_from_any_phase(program: FakeProgram, backend: FakeBackend, clock: FakeClock) -> None:
+    """That the device is lost is not made a failed capture, whoever finds out, and a capture under way is destroyed."""
+    capturer, _ = make_capturer(program, backend, clock)
+    lost = DeviceLostError("the device is lost")
+    program.failures["a"] = lost
+    with pytest.raises(DeviceLostError) as caught:
+        capturer.capture("a", "a")
+    assert caught.value is lost
+    captured = capturer.capture("b", "b")
+    program.verify = lambda key, replay: _raise(lost)  # type: ignore[method-assign]  # a program that finds out late
+    with pytest.raises(DeviceLostError):
+        capturer.verify("b", "b", captured)
+    assert backend.live == []
+
+
+def _raise(error: Exception) -> bool:
+    raise error
 
 
 def test_other_errors_become_a_fixed_text_and_a_log(

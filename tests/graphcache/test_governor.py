@@ -116,3 +116,29 @@ def test_repr() -> None:
     governor = Governor(FakeClock(), 0.1)
     governor.pause()
     assert repr(governor) == "Governor(0.2000 s left, 0.1 s/s, paused)"
+
+
+class PausedFor:
+    """Stands in for the governor's event: not set when asked, and set once so many seconds have passed."""
+
+    def __init__(self, clock: FakeClock, seconds: float) -> None:
+        self.clock = clock
+        self.seconds = seconds
+
+    def is_set(self) -> bool:
+        return self.seconds == 0
+
+    def wait(self) -> bool:
+        self.clock.advance(self.seconds)
+        return True
+
+
+@pytest.mark.parametrize("seconds", [0.0, 600.0])
+def test_time_that_a_pause_takes_is_known(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """A checkpoint tells how long it waited for the end of pauses, all of them together."""
+    clock = FakeClock()
+    governor = Governor(clock, 0.1)
+    monkeypatch.setattr(governor, "_running", PausedFor(clock, seconds))
+    governor.wait_while_paused()
+    governor.wait_while_paused()
+    assert governor.waited_seconds == 2 * seconds

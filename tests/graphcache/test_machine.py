@@ -124,6 +124,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.held.append(graph)
         return graph
 
+    @precondition(lambda self: self.cache is not None)
+    @rule(graph=acquired)
+    def report(self, graph: Graph[str] | None) -> None:
+        if graph is not None:
+            was_published = self.live.lookup(graph.key) is graph
+            was_withdrawn = self.live.report_failure(graph, "it was wrong")
+            assert was_published or not was_withdrawn
+            assert self.live.lookup(graph.key) is not graph
+
     @rule(graph=consumes(acquired))
     def release(self, graph: Graph[str] | None) -> None:
         if graph is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from graphcache import (
     CacheClosedError,
+    DeviceLostError,
     EagerBackend,
     Event,
     EventType,
@@ -18,6 +19,7 @@ from graphcache import (
     GraphState,
     GraphStateError,
     Priority,
+    Profile,
 )
 
 MakeCache = Callable[..., GraphCache[str]]
@@ -245,3 +247,45 @@ def test_close_destroys_everything(cache: GraphCache[str], backend: FakeBackend,
     assert cache.get("a").state is GraphState.EVICTED
     with pytest.raises(RuntimeError):
         cache.start()
+
+
+def test_a_pause_is_not_charged(make_cache: MakeCache, backend: FakeBackend, clock: FakeClock) -> None:
+    """The time a capture stood still for a pause counts neither as interference nor in what captures are said to take."""
+    cache = make_cache(stall_budget_seconds=0.1)
+    governor = cache._core.governor
+
+    def stand_still() -> None:
+        clock.advance(600.0)
+        governor.waited_seconds += 600.0
+
+    backend.start(stand_still)  # its checkpoints take that long from now on
+    cache.record_miss("a", 0.1)
+    assert cache.run_pending() == 1
+    cache.record_miss("b", 0.1)
+    assert cache.run_pending() == 1
+    assert cache.estimate_seconds("c") < 0.1
+
+
+def test_a_lost_device_ends_capturing(make_cache: MakeCache, program: FakeProgram) -> None:
+    """Once the device is lost nothing is captured or queued any more, and whoever asks is told; lookups go on."""
+    cache = make_cache()
+    capture(cache, "a")
+    assert cache.lost is None
+    program.failures["b"] = DeviceLostError("the device is lost: an illegal address")
+    cache.request("b", Priority.OPERATOR)
+    cache.request("c")
+    assert cache.run_pending() == 1
+    assert cache.lost is program.failures["b"]
+    assert cache.get("b").state is GraphState.FAILED
+    assert cache.get("b").failure == "the device is lost: an illegal address"
+    assert cache.get("c").state is GraphState.EVICTED
+    with pytest.raises(DeviceLostError, match="illegal address"):
+        cache.request("c")
+    with pytest.raises(DeviceLostError):
+        cache.import_profile(Profile(()))
+    cache.record_miss("d", 0.1)
+    assert cache.run_pending() == 0
+    assert cache.get("d").num_misses == 1
+    assert cache.lookup("a") is not None
+    cache.close()
+    assert cache.lookup("a") is None

@@ -6,6 +6,7 @@ Above it stands asyncio, below it torch. It knows slots and blocks by number onl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import platform
 from collections.abc import Awaitable
@@ -14,21 +15,43 @@ from typing import Protocol
 
 import torch
 
-from graphcache import Backend, CacheSettings, Clock, EagerBackend, GraphCache, SystemClock
+from graphcache import (
+    Backend,
+    CacheSettings,
+    Clock,
+    EagerBackend,
+    Event,
+    EventType,
+    GraphCache,
+    GraphStateError,
+    Priority,
+    SystemClock,
+    UnknownGraphError,
+)
 from hotgraph_server.batch import Batch, EngineInfo, Row, Sampler, StepKey, StepOutput
 from hotgraph_server.config import Settings
 from hotgraph_server.engine.buckets import Buckets
-from hotgraph_server.engine.buffers import StepBuffers
 from hotgraph_server.engine.failure import engine_failed
 from hotgraph_server.engine.kv_cache import KvCache
+from hotgraph_server.engine.probe import PREFIX_TOKENS, ProbeLayout
 from hotgraph_server.engine.program import StepProgram
-from hotgraph_server.engine.replay import GraphChooser
-from hotgraph_server.engine.slots import SlotTables
-from hotgraph_server.engine.thread import ForwardThread
-from hotgraph_server.errors import ModelLoadError, SettingsError
+from hotgraph_server.engine.replay import Choice, GraphChooser
+from hotgraph_server.engine.state import StepState
+from hotgraph_server.engine.thread import Deferred, ForwardThread
+from hotgraph_server.errors import EngineFailedError, ModelLoadError, SettingsError
 from hotgraph_server.models.interface import Model
+from hotgraph_server.request import TokenLogprobs
 
 log = logging.getLogger(__name__)
+
+CORE_DECODE_ROWS = (1, 2, 4, 8)
+CORE_PREFILL_TOKENS = (32, 64, 128)
+CORE_SAMPLERS = (Sampler.GREEDY, Sampler.GUMBEL)
+CORE_PIN_SECONDS = 1e9  # for good
+RESERVED_BYTES = 3 << 29
+"""Of a GPU's memory, beside the graphs' budget: libraries' workspaces, and what a step without a graph takes in passing."""
+MAX_VERIFICATIONS = 1  # of graphs, between steps
+SPARE_STAGES = 2  # so that nothing rests on who is first to hear that a step is over
 
 
 class ServedModel(Protocol):
@@ -55,15 +78,20 @@ class TorchEngine:
         *,
         clock: Clock | None = None,
         backend: Backend | None = None,
-        run_ahead: int = 0,
+        run_ahead: int | None = None,
         load_seconds: float = 0.0,
     ) -> None:
-        """Raises SettingsError when the padding asked for does not go with the backend."""
+        """`backend` is by default CUDA's on a GPU, else the eager one; `run_ahead` 1 there and 0 here.
+
+        Raises SettingsError when the padding asked for does not go with the backend.
+        """
         self._loaded = loaded
         self._settings = settings
         self._clock: Clock = clock or SystemClock()
-        self._backend: Backend = backend or EagerBackend()
-        self._run_ahead = run_ahead
+        self._device = loaded.model.device
+        is_cuda = self._device.type == "cuda"
+        self._backend: Backend = backend or (_cuda_backend(self._device) if is_cuda else EagerBackend())
+        self._run_ahead = int(is_cuda) if run_ahead is None else run_ahead
         self._load_seconds = load_seconds
         self._is_padded = _is_padded(settings, self._backend)
         scheduler = settings.scheduler
@@ -72,13 +100,15 @@ class TorchEngine:
             max_step_tokens=scheduler.max_step_tokens,
             max_padding_ratio=settings.graphs.max_padding_ratio,
         )
-        self._thread = ForwardThread()
+        self._core = self._core_keys() if is_cuda and self._is_padded else frozenset()
+        self._thread = ForwardThread(self._device)
         self._info: EngineInfo | None = None
         self._cache: GraphCache[StepKey] | None = None
         self._num_outstanding = 0
+        self._last_done_seconds = 0.0  # on the clock; of whoever finishes steps
         self._is_started = False
         self._is_closed = False
-        self._is_failed = False  # written by the forward thread
+        self._is_failed = False  # written by the engine's threads
 
     @property
     def info(self) -> EngineInfo:
@@ -108,7 +138,7 @@ class TorchEngine:
         assert batch.num_tokens <= info.max_step_tokens, f"{batch.num_tokens} tokens, {info.max_step_tokens} a step"
         assert self._num_outstanding <= self._run_ahead, f"{self._num_outstanding} steps are outstanding already"
         self._num_outstanding += 1
-        return self._thread.submit(lambda: self._run(batch), on_done=self._note_done)
+        return self._thread.launch(lambda: self._run(batch), on_done=self._note_done)
 
     def bucket(self, num_tokens: int, num_rows: int, sampler: Sampler) -> StepKey | None:
         return self._buckets.key(num_tokens, num_rows, sampler)
@@ -134,13 +164,28 @@ class TorchEngine:
         start_seconds = self._clock.monotonic()
         settings, model = self._settings, self._loaded.model
         num_slots, max_step_tokens = settings.scheduler.num_slots, settings.scheduler.max_step_tokens
-        device = model.device
+        device = self._device
         if settings.model.num_threads is not None:
             torch.set_num_threads(settings.model.num_threads)  # holds for the threads of this thread's own steps
         block_size = settings.kv_cache.block_size
-        num_probe_blocks = -(-max_step_tokens // block_size) if self._backend.needs_verification else 0
+        is_verified = self._backend.needs_verification
+        num_probe_blocks = -(-(PREFIX_TOKENS + max_step_tokens) // block_size) if is_verified else 0
         context_length = min(model.context_length, settings.model.max_context or model.context_length)
+        max_blocks = max(-(-context_length // block_size), num_probe_blocks)
+
+        def allocate(num_slots: int) -> StepState:
+            return StepState.allocate(
+                model,
+                num_slots=num_slots,
+                max_tokens=max_step_tokens,
+                max_rows=settings.scheduler.num_slots,
+                max_blocks=max_blocks,
+                num_stages=self._run_ahead + 1 + MAX_VERIFICATIONS + SPARE_STAGES,
+            )
+
         try:
+            self._live = allocate(num_slots)
+            shadow = allocate(0) if is_verified else None
             kv_cache = KvCache(
                 model.kv_layout,
                 settings.kv_cache,
@@ -148,24 +193,23 @@ class TorchEngine:
                 device=device,
                 num_probe_blocks=num_probe_blocks,
                 max_blocks=num_slots * -(-context_length // block_size),
-            )
-            context_length = kv_cache.context_length(context_length)
-            max_blocks = max(-(-context_length // block_size), num_probe_blocks)
-            self._slots = SlotTables(
-                num_slots=num_slots, max_blocks=max_blocks, vocabulary_size=model.vocabulary_size, device=device
-            )
-            self._buffers = StepBuffers(
-                max_tokens=max_step_tokens, max_rows=num_slots, max_blocks=max_blocks, device=device
+                reserved_bytes=settings.graphs.budget_bytes + RESERVED_BYTES,
             )
         except (RuntimeError, MemoryError) as error:
             raise ModelLoadError(f"no memory for the engine's buffers: {error}") from error
+        context_length = kv_cache.context_length(context_length)
+        probe = None
+        if is_verified:
+            num_positions = min(context_length, num_probe_blocks * block_size)
+            probe = ProbeLayout(num_positions=num_positions, vocabulary_size=model.vocabulary_size)
         self._program = StepProgram(
             model,
             kv_cache,
-            self._slots,
-            self._buffers,
+            self._live,
+            shadow,
             self._thread,
-            context_length=context_length,
+            probe=probe,
+            warm_up=self._backend.warm_up,
             is_padded=self._is_padded,
         )
         cache: GraphCache[StepKey] = GraphCache(
@@ -181,6 +225,7 @@ class TorchEngine:
         cache.set_kv_bytes(kv_cache.size_bytes)
         self._chooser = GraphChooser(cache, self._buckets, self._clock, is_padded=self._is_padded)
         self._warm_up()
+        self._queue_core(cache)
         cache.start()
         self._cache = cache
         self._info = EngineInfo(
@@ -205,42 +250,104 @@ class TorchEngine:
         )
 
     def _warm_up(self) -> None:
-        """One token in the scratch slot through every sampler: no request pays for libraries that set themselves up."""
-        row = Row(self._slots.scratch_slot, 0, 1, [0], is_sampled=False)
+        """A few tokens in the scratch slot through every sampler: no request pays for libraries that set themselves up."""
+        live, slot = self._live, self._live.slots.scratch_slot
         with torch.inference_mode():
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
             for sampler in Sampler:
-                batch = Batch(step=0, rows=[row], sampler=sampler)
-                self._buffers.fill(batch, 1, 1, self._slots)
-                self._program.run(1, 1, sampler)
+                for num_tokens in (1, 3):
+                    row = Row(slot, 0, num_tokens, [0] * num_tokens, is_sampled=False)
+                    live.fill(Batch(step=0, rows=[row], sampler=sampler), num_tokens, 1)
+                    self._program.run(live, num_tokens, 1, sampler)
+                    live.buffers.note_run()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # the shadow is used from another stream
 
-    def _run(self, batch: Batch) -> StepOutput:
+    # The core: shapes that nearly everyone needs, captured first and kept.
+
+    def _core_keys(self) -> frozenset[StepKey]:
+        shapes = [(rows, rows) for rows in CORE_DECODE_ROWS] + [(tokens, 1) for tokens in CORE_PREFILL_TOKENS]
+        keys = (self._buckets.key(*shape, sampler) for sampler in CORE_SAMPLERS for shape in shapes)
+        return frozenset(key for key in keys if key is not None)
+
+    def _queue_core(self, cache: GraphCache[StepKey]) -> None:
+        if not self._core:
+            return
+
+        def pin(event: Event[StepKey]) -> None:
+            if event.type is EventType.PUBLISHED and event.graph is not None and event.graph.key in self._core:
+                with contextlib.suppress(UnknownGraphError, GraphStateError):  # it went again: the budget is that small
+                    cache.pin(event.graph.name, CORE_PIN_SECONDS)
+
+        cache.add_listener(pin)
+        for key in sorted(self._core, key=lambda key: (CORE_SAMPLERS.index(key.sampler), key.tokens)):
+            cache.request(key, Priority.WAITED)
+
+    # Steps.
+
+    def _run(self, batch: Batch) -> Deferred[StepOutput]:
+        """On the forward thread: launches a step."""
         if self._is_failed:
             raise engine_failed()
         try:
             with torch.inference_mode():
-                return self._run_step(batch)
+                launched = self._launch(batch)
         except Exception as error:
-            self._is_failed = True
-            log.exception("step %d failed: the engine is beyond use", batch.step)
-            raise engine_failed() from error
+            raise self._fail(batch, error) from error
+        return Deferred(lambda: self._finish(batch, launched))
 
-    def _run_step(self, batch: Batch) -> StepOutput:
+    def _finish(self, batch: Batch, launched: Deferred[StepOutput]) -> StepOutput:
+        try:
+            return launched.finish()
+        except Exception as error:
+            raise self._fail(batch, error) from error
+
+    def _fail(self, batch: Batch, error: Exception) -> EngineFailedError:
+        self._is_failed = True
+        log.error("step %d failed: the engine is beyond use", batch.step, exc_info=error)
+        return engine_failed()
+
+    def _launch(self, batch: Batch) -> Deferred[StepOutput]:
         start_seconds = self._clock.monotonic()
-        self._slots.assign(batch.assignments)
-        self._slots.append_blocks(batch.block_appends)
         choice = self._chooser.choose(batch)
         try:
-            self._buffers.fill(batch, choice.tokens, choice.rows, self._slots)
+            step = self._live.fill(batch, choice.tokens, choice.rows)
             if choice.graph is not None:
                 choice.graph.replay()
             else:
-                self._program.run(choice.tokens, choice.rows, batch.sampler)
-            token_ids, logprobs, failed_rows = self._buffers.read(batch)
+                self._program.run(self._live, choice.tokens, choice.rows, batch.sampler)
+            number = self._live.buffers.note_run(batch.num_logprobs)
+            over = self._thread.after_launched(lambda: self._live.buffers.read(batch, step, number))
         except BaseException:
             self._chooser.abandon(choice)
             raise
-        receipt = self._chooser.finish(batch, choice, self._clock.monotonic() - start_seconds)
+        return Deferred(lambda: self._read(batch, choice, over, start_seconds))
+
+    def _read(
+        self,
+        batch: Batch,
+        choice: Choice,
+        over: Deferred[tuple[list[int | None], list[TokenLogprobs | None], list[int]]],
+        start_seconds: float,
+    ) -> StepOutput:
+        """Where a step's end is waited for: the forward thread, or its reader."""
+        try:
+            token_ids, logprobs, failed_rows = over.finish()
+        except BaseException:
+            self._chooser.abandon(choice)
+            raise
+        now = self._clock.monotonic()
+        seconds = now - max(start_seconds, self._last_done_seconds)  # it may have waited for the step before
+        self._last_done_seconds = now
+        receipt = self._chooser.finish(batch, choice, seconds)
         return StepOutput(batch.step, token_ids, receipt, logprobs, failed_rows)
+
+
+def _cuda_backend(device: torch.device) -> Backend:
+    from graphcache.backends.cuda import CudaBackend
+
+    return CudaBackend(device)
 
 
 def _is_padded(settings: Settings, backend: Backend) -> bool:

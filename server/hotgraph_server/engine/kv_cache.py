@@ -16,7 +16,7 @@ MIN_BLOCKS = 3
 
 
 class KvCache:
-    """The tensors, all zero. Blocks 0 (scratch) to `num_blocks` - 1 are for serving; `num_probe_blocks` more follow."""
+    """The tensors. Blocks 0 (scratch) to `num_blocks` - 1 are for serving, and zero; those for probes, which follow, random."""
 
     def __init__(
         self,
@@ -27,19 +27,21 @@ class KvCache:
         device: torch.device,
         num_probe_blocks: int = 0,
         max_blocks: int | None = None,
+        reserved_bytes: int = 0,
     ) -> None:
-        """Unless the settings name a size there are at most `max_blocks` beside the scratch block: what all slots can hold.
+        """Unless the settings name a size there are at most `max_blocks` beside the scratch block: what all slots can hold;
+        and on a GPU `reserved_bytes` are left free for others.
 
         Raises ModelLoadError when there is no room for the least, or the memory cannot be had.
         """
         self.block_size = settings.block_size
         self.block_bytes = block_bytes(layout, settings.block_size, dtype)
-        limit_bytes = settings.size_bytes or default_size_bytes(device)
+        limit_bytes = settings.size_bytes or default_size_bytes(device, reserved_bytes)
         self.num_blocks = limit_bytes // self.block_bytes - num_probe_blocks
         if settings.size_bytes is None and max_blocks is not None:
             # A model that keeps next to nothing for a token would else have millions of blocks, each with its bookkeeping.
             self.num_blocks = min(self.num_blocks, 1 + max_blocks)
-        self.num_probe_blocks = num_probe_blocks
+        self.probe_blocks = range(self.num_blocks, self.num_blocks + num_probe_blocks)
         if self.num_blocks < MIN_BLOCKS:
             needed_bytes = (MIN_BLOCKS + num_probe_blocks) * self.block_bytes
             raise ModelLoadError(
@@ -50,7 +52,9 @@ class KvCache:
         self.size_bytes = num_all * self.block_bytes
 
         def allocate(num_heads: int, dim: int) -> torch.Tensor:
-            return torch.zeros(num_all, self.block_size, num_heads, dim, dtype=dtype, device=device)
+            tensor = torch.zeros(num_all, self.block_size, num_heads, dim, dtype=dtype, device=device)
+            tensor[self.num_blocks :].normal_()
+            return tensor
 
         try:
             self.tensors = KvTensors(
@@ -72,9 +76,9 @@ def block_bytes(layout: Sequence[LayerKv], block_size: int, dtype: torch.dtype) 
     return elements * block_size * dtype.itemsize
 
 
-def default_size_bytes(device: torch.device) -> int:
-    """1 GiB on the CPU; on a GPU nine tenths of what is free once the weights are there."""
+def default_size_bytes(device: torch.device, reserved_bytes: int = 0) -> int:
+    """1 GiB on the CPU; on a GPU nineteen twentieths of what is free once the weights are there, less what is reserved."""
     if device.type == "cpu":
         return CPU_SIZE_BYTES
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    return free_bytes * 9 // 10
+    return max(0, free_bytes * 19 // 20 - reserved_bytes)

@@ -21,7 +21,7 @@ class Choice:
 
 
 class GraphChooser:
-    """Looks steps up in the cache and tells the cache what came of it. Used by one thread.
+    """Looks steps up in the cache and tells the cache what came of it. One thread chooses, and one, maybe another, finishes.
 
     `is_padded`: a replay computes the whole shape of its graph. Else it computes the step's own shape, and no padding is
     reported.

@@ -1,6 +1,6 @@
 """From a step's logits to its tokens: runs the sampling kernels over slot tables and writes what the next step needs.
 
-Nothing is read back but on the CPU, where it costs nothing.
+Nothing is read back but on the CPU, where it costs nothing: results go to the ring that the host reads.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from hotgraph_server.engine.buffers import SamplingWork, StepBuffers
 from hotgraph_server.engine.slots import SlotTables
 from hotgraph_server.kernels.logprobs import token_logprobs
 from hotgraph_server.kernels.penalties import apply_bans, apply_bias, apply_penalties, count_tokens
-from hotgraph_server.kernels.sample import RowSampling, finite_rows, sample_filtered, sample_greedy, sample_gumbel
+from hotgraph_server.kernels.ring import write_ring
+from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_filtered, sample_greedy, sample_gumbel
 
 
 def sample_step(
     logits: torch.Tensor, buffers: StepBuffers, slots: SlotTables, sampler: Sampler, work: SamplingWork
 ) -> None:
-    """Samples every row of `logits` (float32 [R, V]) and writes the results of `buffers`.
+    """Samples every row of `logits` (float32 [R, V]), writes the results of `buffers` and advances the rows' slots.
 
-    Only rows that are sampled and whose logits are finite change their slot: its last token, and its counts.
-    """
+    A slot's length is what the step made of it. Only rows that are sampled and whose logits are finite change more: the last
+    token, and the counts."""
     num_rows = logits.shape[0]
     row_slots = buffers.row_slots[:num_rows]
     positions = buffers.context_lens[:num_rows].to(torch.int64)
-    is_finite = finite_rows(logits)
+    peaks = row_peaks(logits)
+    is_finite = torch.isfinite(peaks)
     if logits.device.type != "cpu" or not bool(is_finite.all()):
         logits = torch.where(is_finite.unsqueeze(1), logits, 0.0)  # so that no kernel meets a NaN
     is_taken = is_finite & (buffers.is_sampled[:num_rows] != 0)
@@ -45,8 +47,11 @@ def sample_step(
 
     # Rows that give no token write to the scratch slot.
     slots.last_tokens.index_copy_(0, torch.where(is_taken, row_slots, slots.scratch_slot), token_ids)
-    buffers.sampled_ids[:num_rows].copy_(token_ids)
-    buffers.is_finite[:num_rows].copy_(is_finite)
+    slots.lengths.index_copy_(0, row_slots, positions)
+    values = buffers.values[:, :num_rows]
+    values[0].copy_(peaks)
+    ids = torch.where(is_finite, token_ids, -1)
+    write_ring(buffers.ring_ids, buffers.ring_values, buffers.counter, ids, values)
 
 
 def _sample_changed(
@@ -77,6 +82,6 @@ def _write_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, buffers: Step
     num_rows = logits.shape[0]
     num_top = min(num_top, logits.shape[1])
     chosen, top_ids, top_values = token_logprobs(logits, token_ids, num_top)
-    buffers.chosen_logprobs[:num_rows].copy_(chosen)
+    buffers.values[1, :num_rows].copy_(chosen)
     buffers.top_ids[:num_rows, :num_top].copy_(top_ids)
     buffers.top_logprobs[:num_rows, :num_top].copy_(top_values)

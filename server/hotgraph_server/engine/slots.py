@@ -21,39 +21,49 @@ MAX_BANNED = BOUNDS.max_stop_token_ids + 64
 
 
 class SlotTables:
-    """All slots. Written by the host at assignments and block appends, by kernels when a row samples."""
+    """All slots. Written by the host at assignments and block appends, by kernels when a row samples.
 
-    def __init__(self, *, num_slots: int, max_blocks: int, vocabulary_size: int, device: torch.device) -> None:
+    What the host wrote reaches the device with `upload`, which is called once for each step that changed anything, at most
+    `num_stages` times until the first of them is over.
+    """
+
+    def __init__(
+        self, *, num_slots: int, max_blocks: int, vocabulary_size: int, device: torch.device, num_stages: int = 1
+    ) -> None:
         size = num_slots + 2
         self.scratch_slot = num_slots
         self.probe_slot = num_slots + 1
         self.vocabulary_size = vocabulary_size
-        # The host's to write. `_floats` and `_integers` hold one parameter a row.
-        self._tables = Mirrored((size, max_blocks), np.int32, device)
-        self._floats = Mirrored((6, size), np.float32, device)
-        self._integers = Mirrored((2, size), np.int64, device)
-        self._seeds = Mirrored((size, 2), np.int64, device)
-        self._bias_ids = Mirrored((size, BOUNDS.max_logit_bias), np.int64, device)
-        self._bias_values = Mirrored((size, BOUNDS.max_logit_bias), np.float32, device)
-        self._banned_ids = Mirrored((size, MAX_BANNED), np.int64, device)
+
+        def mirrored(*row: int, dtype: type[np.generic]) -> Mirrored:
+            return Mirrored((size, *row), dtype, device, num_stages=num_stages)
+
+        # The host's to write. A row is a slot; `_floats` and `_integers` hold one parameter a column.
+        self._tables = mirrored(max_blocks, dtype=np.int32)
+        self._floats = mirrored(6, dtype=np.float32)
+        self._integers = mirrored(2, dtype=np.int64)
+        self._seeds = mirrored(2, dtype=np.int64)
+        self._bias_ids = mirrored(BOUNDS.max_logit_bias, dtype=np.int64)
+        self._bias_values = mirrored(BOUNDS.max_logit_bias, dtype=np.float32)
+        self._banned_ids = mirrored(MAX_BANNED, dtype=np.int64)
         self._banned_ids.host.fill(-1)
-        self._parameters = (
-            self._floats,
-            self._integers,
-            self._seeds,
-            self._bias_ids,
-            self._bias_values,
-            self._banned_ids,
-        )
+        # Slots whose rows were written since the last upload.
+        self._changed_tables: set[int] = set()
+        self._changed_parameters: set[int] = set()
+        self._changed_biases: set[int] = set()
+        self._changed_bans: set[int] = set()
         # The kernels' to read.
         self.block_tables = self._tables.tensor
-        self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = self._floats.tensor
-        self.top_k, self.banned_until = self._integers.tensor
+        self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = (
+            self._floats.tensor.unbind(1)
+        )
+        self.top_k, self.banned_until = self._integers.tensor.unbind(1)
         self.seeds = self._seeds.tensor
         self.bias_ids, self.bias_values = self._bias_ids.tensor, self._bias_values.tensor
         self.banned_ids = self._banned_ids.tensor
         # The kernels' to write.
         self.last_tokens = torch.zeros(size, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(size, dtype=torch.int64, device=device)  # tokens in the KV cache
         self.in_prompt = torch.zeros(size, vocabulary_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(size, vocabulary_size, dtype=torch.int32, device=device)
         # What the host knows of its slots, to leave out what changes nothing.
@@ -62,31 +72,39 @@ class SlotTables:
         self.banned: dict[int, int] = {}  # slot: the length from which on nothing is banned
         for slot in range(size):
             self._write_neutral(slot)
-        self._upload()
+        for array in (self._floats, self._integers, self._banned_ids):
+            array.upload()
 
     def assign(self, assignments: Iterable[SlotAssignment]) -> None:
         """Sequences take slots: everything the slots held before is forgotten. Block tables are empty then."""
-        is_changed = False
         for assignment in assignments:
-            is_changed = True
             self._assign_one(assignment)
-        if is_changed:
-            self._upload()
-            self._tables.upload()
 
-    def append_blocks(self, appends: Sequence[BlockAppend]) -> None:
+    def append_blocks(self, appends: Iterable[BlockAppend]) -> None:
         """Enters blocks into block tables."""
-        if not appends:
-            return
         table = self._tables.host
         for append in appends:
             table[append.slot, append.index] = append.block
-        self._tables.upload()
+            self._changed_tables.add(append.slot)
 
     def set_blocks(self, slot: int, blocks: Sequence[int]) -> None:
         """The whole block table of one slot."""
         self._tables.host[slot, : len(blocks)] = blocks
-        self._tables.upload()
+        self._changed_tables.add(slot)
+
+    def upload(self) -> None:
+        """Makes what was written visible to the steps that are launched from now on."""
+        for changed, arrays in (
+            (self._changed_tables, (self._tables,)),
+            (self._changed_parameters, (self._floats, self._integers, self._seeds)),
+            (self._changed_biases, (self._bias_ids, self._bias_values)),
+            (self._changed_bans, (self._banned_ids,)),
+        ):
+            if changed:
+                rows = list(changed)
+                for array in arrays:
+                    array.upload(rows)
+                changed.clear()
 
     def row_sampling(self, row_slots: torch.Tensor, positions: torch.Tensor) -> RowSampling:
         """The parameters of rows in these slots. `positions`: int64 [R], tokens that each sequence has."""
@@ -101,13 +119,15 @@ class SlotTables:
 
     def _write_neutral(self, slot: int) -> None:
         """Greedy, with nothing that changes a logit."""
-        self._floats.host[:, slot] = (0, 1, 0, 1, 0, 0)
-        self._integers.host[:, slot] = 0
+        self._floats.host[slot] = (0, 1, 0, 1, 0, 0)
+        self._integers.host[slot] = 0
 
     def _assign_one(self, assignment: SlotAssignment) -> None:
         slot, sampling = assignment.slot, assignment.sampling
         self._tables.host[slot] = 0
-        self._floats.host[:, slot] = (
+        self._changed_tables.add(slot)
+        self._changed_parameters.add(slot)
+        self._floats.host[slot] = (
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
@@ -119,9 +139,11 @@ class SlotTables:
         banned_until, banned = assignment.banned_until or (0, ())
         if len(banned) > MAX_BANNED:
             raise ValueError(f"{len(banned)} tokens are banned in slot {slot}, at most {MAX_BANNED} can be")
-        self._integers.host[:, slot] = (sampling.top_k, banned_until if banned else 0)
-        self._banned_ids.host[slot] = -1
-        self._banned_ids.host[slot, : len(banned)] = banned
+        self._integers.host[slot] = (sampling.top_k, banned_until if banned else 0)
+        if banned or slot in self.banned:
+            self._banned_ids.host[slot] = -1
+            self._banned_ids.host[slot, : len(banned)] = banned
+            self._changed_bans.add(slot)
         if banned:
             self.banned[slot] = banned_until
         else:
@@ -133,6 +155,7 @@ class SlotTables:
             self._bias_values.host[slot] = 0
             self._bias_ids.host[slot, : len(bias)] = list(bias.keys())
             self._bias_values.host[slot, : len(bias)] = list(bias.values())
+            self._changed_biases.add(slot)
         (self.biased.add if bias else self.biased.discard)(slot)
 
         if sampling.has_penalties:
@@ -148,7 +171,3 @@ class SlotTables:
         counts.zero_()
         completion = torch.tensor(assignment.completion_token_ids, dtype=torch.int64, device=device)
         counts.index_add_(0, completion, torch.ones_like(completion, dtype=torch.int32))
-
-    def _upload(self) -> None:
-        for parameter in self._parameters:
-            parameter.upload()

@@ -1,129 +1,107 @@
-"""Causal attention over the paged cache: decode rows in one batch, prefill rows one after the other.
+"""Causal attention over the paged cache: one call for all devices, in Triton on a GPU and in plain torch elsewhere.
 
-It knows block tables and lengths, not requests. This is the plain reference: it reads the lengths on the host, and copies
-the keys and values that a row sees out of their blocks.
+It knows block tables and lengths, not requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.nn import functional
+
+from hotgraph_server.kernels.attention_reference import HostRows, reference_attention
+
+if TYPE_CHECKING:
+    from hotgraph_server.kernels.attention_triton import DeviceRows
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows that attend together: which tokens ask, where what they see lies, and what they do not see of it.
+class Step(Protocol):
+    """What attention takes of a step; `models.interface.StepTensors` tells what the fields mean."""
 
-    `indices` are rows of a cache layer seen as [slots * heads, dim], head-major: rows x heads x `length`. `mask` is added to
-    the scores; None with `is_causal` unset: everything is seen.
-    """
-
-    first_token: int
-    last_token: int
-    num_rows: int
-    length: int
-    indices: torch.Tensor
-    mask: torch.Tensor | None
-    is_causal: bool
+    token_ids: torch.Tensor
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    query_starts: torch.Tensor
+    query_lens: Sequence[int]
+    host_context_lens: Sequence[int]
+    num_decode_rows: int
 
 
 class AttentionPlan:
     """One step's row bookkeeping, made once and used by every layer.
 
-    block_tables: int32 [R, max_blocks]; query_lens and context_lens: tokens of each real row in the step and, after it, in
-    the cache; the first `num_decode_rows` rows have one token each; rows' tokens stand one after the other from token 0.
-    Rows and tokens beyond these are padding: never read, and their result is 0. `dtype` is that of the queries.
+    block_tables: int32 [R, max_blocks]; context_lens: int32 [R], tokens of the row in the cache after the step;
+    query_starts: int32 [R + 1], where each row's tokens start; `num_tokens`: T, padding included. With T = R every row has one
+    token or none. Tokens beyond query_starts[R], and rows of no tokens and context 0, are padding: never read, their result 0.
+
+    `query_lens`, `host_context_lens` and `num_decode_rows` (the first rows, with one token each) are the real rows' lengths on
+    the host: used on the CPU, and on a GPU not looked at, so that a graph made with one plan holds for all steps of its shape.
+    `block_size` is a power of two; `dtype` that of the queries.
     """
 
     def __init__(
         self,
-        block_tables: torch.Tensor,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        num_decode_rows: int,
         *,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+        query_starts: torch.Tensor,
+        num_tokens: int,
+        query_lens: Sequence[int],
+        host_context_lens: Sequence[int],
+        num_decode_rows: int,
         block_size: int,
         dtype: torch.dtype,
     ) -> None:
-        self._block_tables = block_tables
-        self._query_lens = query_lens
-        self._context_lens = context_lens
-        self._num_decode_rows = num_decode_rows
-        self._block_size = block_size
-        self._dtype = dtype
-        self._rows: dict[tuple[int, int | None], list[_Rows]] = {}
+        self._host_rows: HostRows | None = None
+        self._device_rows: DeviceRows | None = None
+        if block_tables.is_cuda:
+            # Torch for the CPU alone comes without Triton.
+            from hotgraph_server.kernels.attention_triton import DeviceRows
 
-    def rows(self, num_heads: int, window: int | None) -> list[_Rows]:
-        """The rows' parts for layers with so many KV heads and this sliding window (tokens a query sees, itself among them)."""
-        rows = self._rows.get((num_heads, window))
-        if rows is None:
-            rows = self._decode_rows(num_heads, window) + self._prefill_rows(num_heads, window)
-            self._rows[num_heads, window] = rows
-        return rows
-
-    def _decode_rows(self, num_heads: int, window: int | None) -> list[_Rows]:
-        num_rows = self._num_decode_rows
-        if num_rows == 0:
-            return []
-        lengths = self._context_lens[:num_rows]
-        seen = [min(length, window) if window else length for length in lengths]
-        length = max(seen)
-        device = self._block_tables.device
-        ends = torch.tensor(lengths, device=device).unsqueeze(-1)
-        starts = ends - torch.tensor(seen, device=device).unsqueeze(-1)
-        positions = starts + torch.arange(length, device=device)
-        mask = None
-        if min(seen) < length:
-            mask = torch.zeros(positions.shape, dtype=self._dtype, device=device)
-            mask = mask.masked_fill_(positions >= ends, -torch.inf)[:, None, None, :]
-            # What is masked is multiplied by 0, and 0 times what happens to lie in the scratch block may be NaN.
-            positions = torch.minimum(positions, ends - 1)
-        slots = self._slots(self._block_tables[:num_rows], positions)
-        return [_Rows(0, num_rows, num_rows, length, _per_head(slots, num_heads), mask, is_causal=False)]
-
-    def _prefill_rows(self, num_heads: int, window: int | None) -> list[_Rows]:
-        rows = []
-        first_token = self._num_decode_rows
-        device = self._block_tables.device
-        for row in range(self._num_decode_rows, len(self._query_lens)):
-            query_len, context_len = self._query_lens[row], self._context_lens[row]
-            start = context_len - query_len
-            first = max(0, start + 1 - window) if window else 0
-            length = context_len - first
-            slots = self._slots(
-                self._block_tables[row : row + 1], torch.arange(first, context_len, device=device).unsqueeze(0)
+            self._device_rows = DeviceRows(
+                block_tables=block_tables,
+                context_lens=context_lens,
+                query_starts=query_starts,
+                num_tokens=num_tokens,
+                block_size=block_size,
             )
-            is_windowed = window is not None and length > window
-            is_causal = start == first and not is_windowed
-            mask = None
-            if not is_causal and (query_len > 1 or is_windowed):
-                mask = _causal_mask(query_len, length, start - first, window, self._dtype, device)
-            indices = _per_head(slots, num_heads)
-            rows.append(_Rows(first_token, first_token + query_len, 1, length, indices, mask, is_causal))
-            first_token += query_len
-        return rows
+        else:
+            self._host_rows = HostRows(
+                block_tables=block_tables,
+                query_lens=query_lens,
+                context_lens=host_context_lens,
+                num_decode_rows=num_decode_rows,
+                block_size=block_size,
+                dtype=dtype,
+            )
 
-    def _slots(self, block_tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        blocks = block_tables.gather(1, positions // self._block_size).long()
-        return blocks * self._block_size + positions % self._block_size
+    @classmethod
+    def for_step(cls, step: Step, *, block_size: int, dtype: torch.dtype) -> AttentionPlan:
+        """The plan of a step; its tensors are kept, and read when the plan is used."""
+        return cls(
+            block_tables=step.block_tables,
+            context_lens=step.context_lens,
+            query_starts=step.query_starts,
+            num_tokens=len(step.token_ids),
+            query_lens=step.query_lens,
+            host_context_lens=step.host_context_lens,
+            num_decode_rows=step.num_decode_rows,
+            block_size=block_size,
+            dtype=dtype,
+        )
 
+    @property
+    def host_rows(self) -> HostRows:
+        """For the CPU."""
+        assert self._host_rows is not None, "the plan is for a GPU"
+        return self._host_rows
 
-def _per_head(slots: torch.Tensor, num_heads: int) -> torch.Tensor:
-    heads = torch.arange(num_heads, device=slots.device).unsqueeze(-1)
-    return (slots.unsqueeze(1) * num_heads + heads).flatten()
-
-
-def _causal_mask(
-    num_queries: int, num_keys: int, offset: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """0 where query i sees key j (j <= i + offset, and within the window), else minus infinity."""
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(offset)
-    if window is not None:
-        visible = visible.triu_(offset - window + 1)
-    return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+    @property
+    def device_rows(self) -> DeviceRows:
+        """For a GPU."""
+        assert self._device_rows is not None, "the plan is for the CPU"
+        return self._device_rows
 
 
 def paged_attention(
@@ -136,75 +114,29 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each token's weighted sum of the values at its row's positions up to its own: [T, query heads, value_dim].
 
     query: [T, query heads, key_dim]; keys: [num_blocks, block_size, heads, key_dim], values alike, contiguous, holding this
     step's tokens already; query heads are a multiple of heads, and consecutive query heads share one. Scores are multiplied
     by `scaling`. `window`: tokens a query sees, itself among them. `softcap`: scores become softcap * tanh(score / softcap).
-    `sinks`: [query heads], a score that takes weight and gives no value. Padding tokens give 0.
+    `sinks`: [query heads], a score that takes weight and gives no value. Padding tokens give 0. `out`, contiguous, takes the
+    result; without it one is made.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; grouped
     queries: Ainslie et al., "GQA", 2023; softcap: Gemma 2; sinks: gpt-oss.
     """
-    num_tokens, num_query_heads, key_dim = query.shape
-    num_heads, value_dim = values.shape[2], values.shape[3]
-    group = num_query_heads // num_heads
-    key_rows, value_rows = keys.view(-1, key_dim), values.view(-1, value_dim)
-    rows = plan.rows(num_heads, window)
-    output: torch.Tensor | None = None
-    for part in rows:
-        num_rows, length = part.num_rows, part.length
-        key = key_rows.index_select(0, part.indices)
-        value = value_rows.index_select(0, part.indices)
-        asked = query[part.first_token : part.last_token]
-        if part.last_token - part.first_token == num_rows:
-            # One token a row: its query heads that share keys stand where a sequence's tokens would, so nothing is expanded.
-            shape = (num_rows, num_heads, group, key_dim)
-            key = key.view(num_rows, num_heads, length, key_dim)
-            value = value.view(num_rows, num_heads, length, value_dim)
-            head_sinks = None if sinks is None else sinks.view(1, num_heads, group, 1)
-            result = _attend(asked.reshape(shape), key, value, part.mask, False, scaling, softcap, head_sinks)
-        else:
-            # One row: KV heads are the batch, and the query heads of each share its keys through a stride of 0.
-            asked = asked.view(-1, num_heads, group, key_dim).permute(1, 2, 0, 3)
-            key = key.view(num_heads, 1, length, key_dim).expand(-1, group, -1, -1)
-            value = value.view(num_heads, 1, length, value_dim).expand(-1, group, -1, -1)
-            head_sinks = None if sinks is None else sinks.view(num_heads, group, 1, 1)
-            result = _attend(asked, key, value, part.mask, part.is_causal, scaling, softcap, head_sinks)
-            result = result.permute(2, 0, 1, 3)
-        result = result.reshape(-1, num_query_heads, value_dim)
-        if len(result) == num_tokens:
-            return result
-        if output is None:
-            output = query.new_zeros(num_tokens, num_query_heads, value_dim)
-        output[part.first_token : part.last_token] = result
-    return query.new_zeros(num_tokens, num_query_heads, value_dim) if output is None else output
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Dense attention over [batch, heads, tokens, dim]; `sinks` broadcasts to [batch, heads, tokens, 1]."""
-    if softcap is None and sinks is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling
+    if not query.is_cuda:
+        result = reference_attention(
+            query, keys, values, plan.host_rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks
         )
-    scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
-    if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if is_causal:
-        mask = _causal_mask(query.shape[-2], key.shape[-2], 0, None, query.dtype, query.device)
-    if mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)), dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights[..., : key.shape[-2]], value)
+        return result if out is None else out.copy_(result)
+    from hotgraph_server.kernels.attention_triton import triton_attention
+
+    if out is None:
+        out = query.new_empty(len(query), query.shape[1], values.shape[3])
+    triton_attention(
+        query, keys, values, plan.device_rows, out, scaling=scaling, window=window, softcap=softcap, sinks=sinks
+    )
+    return out

@@ -54,7 +54,8 @@ def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    keys = torch.tensor(_LANES, dtype=torch.int64, device=seeds.device).expand(seeds.shape[0], -1)
+    # Filled in on the device: a copy from the host could not be captured.
+    keys = torch.stack([torch.full_like(positions, lane) for lane in _LANES], dim=1)
     for word in (seeds[:, 0], seeds[:, 1], positions & _MASK):
         keys = _finalise((keys * 5 + 0xE6546B64 + (word * 0xCC9E2D51).unsqueeze(1)) & _MASK)
     return torch.where(keys >= 1 << 31, keys - (1 << 32), keys).to(torch.int32)

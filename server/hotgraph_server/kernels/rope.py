@@ -5,6 +5,8 @@ A pair is element i and element i + n/2 of the first n elements of a head, as in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
@@ -28,6 +30,24 @@ def rotary_factors(
     """
     cosines, sines = table.index_select(0, positions).to(dtype).unsqueeze(1).chunk(2, dim=-1)
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class RopePlan:
+    """How far one step's tokens are turned, made once and used by every layer. Make it with `for_step`.
+
+    `table`: from `rotary_table`; `positions`: int64 [T]; `factors`: from `rotary_factors`, None on a GPU, where the kernel
+    reads the table.
+    """
+
+    table: torch.Tensor
+    positions: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def for_step(cls, table: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> RopePlan:
+        """For queries and keys of `dtype`."""
+        return cls(table, positions, None if table.is_cuda else rotary_factors(table, positions, dtype))
 
 
 def apply_rope(x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

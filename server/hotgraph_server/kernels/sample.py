@@ -48,12 +48,12 @@ class RowSampling:
         )
 
 
-def finite_rows(logits: torch.Tensor) -> torch.Tensor:
-    """Whether a row's logits can be sampled from: bool [R], for float32 [R, V].
+def row_peaks(logits: torch.Tensor) -> torch.Tensor:
+    """Each row's largest logit: float32 [R], for float32 [R, V]. The row can be sampled from when that is finite.
 
-    The largest is NaN when any is, and must be finite; a model may mask tokens of its own with minus infinity.
+    It is NaN when any logit is; a model may mask tokens of its own with minus infinity.
     """
-    return torch.isfinite(logits.amax(dim=1))
+    return logits.amax(dim=1)
 
 
 def sample_greedy(logits: torch.Tensor) -> torch.Tensor:

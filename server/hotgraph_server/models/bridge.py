@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
 from hotgraph_server.kernels.kv_write import write_kv
-from hotgraph_server.models.interface import KvTensors, LayerKv, StepTensors
+from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
 from hotgraph_server.models.probe import agrees
 
 _logger = logging.getLogger(__name__)
@@ -84,14 +84,7 @@ class _PagedStep:
         self._step = step
         self._kv = kv
         self._cache_index = cache_index
-        self._plan = AttentionPlan(
-            step.block_tables,
-            step.query_lens,
-            step.host_context_lens,
-            step.num_decode_rows,
-            block_size=kv.block_size,
-            dtype=dtype,
-        )
+        self._plan = AttentionPlan.for_step(step, block_size=kv.block_size, dtype=dtype)
 
     def attend(
         self,
@@ -188,8 +181,11 @@ class Bridge:
             self.kv_layout = [LayerKv(1, 2, 1)]
             _logger.info("%s computes every text anew: %s", self.architecture, self.recompute_reason)
 
+    def arena(self, max_tokens: int, max_rows: int) -> None:
+        """None: transformers makes its own tensors."""
+
     @torch.inference_mode()
-    def forward(self, step: StepTensors, kv: KvTensors) -> torch.Tensor:
+    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
         """See `Model.forward`. The result is an inference tensor."""
         if self.is_paged:
             return self._forward_paged(step, kv)

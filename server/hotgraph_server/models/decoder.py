@@ -12,16 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.activation import gated_activation
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
-from hotgraph_server.kernels.kv_write import write_kv
-from hotgraph_server.kernels.norm import rms_norm
-from hotgraph_server.kernels.rope import apply_rope, rotary_factors, rotary_table
-from hotgraph_server.models.interface import KvTensors, LayerKv, StepTensors
+from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
+from hotgraph_server.kernels.rope import RopePlan, rotary_table
+from hotgraph_server.kernels.rope_kv import rope_and_write_kv
+from hotgraph_server.models.arena import Activations, DecoderArena
+from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
 from hotgraph_server.models.rotary import rotary
 from hotgraph_server.models.shape import DecoderShape
 from hotgraph_server.models.weights import Linear, make_linear
@@ -78,6 +78,8 @@ class Decoder:
         self._layers = layers
         self._embedding = embedding
         self._norm = norm
+        # What the sum after each layer is normed with: the weight of the layer that follows, or of the head.
+        self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
         self._head = head
         self._rope_table = rope_table
         self._scaling = shape.head_dim**-0.5
@@ -112,44 +114,57 @@ class Decoder:
                 rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length)
             )
 
+    def arena(self, max_tokens: int, max_rows: int) -> DecoderArena | None:
+        """See `Model.arena`. None on the CPU, where a matrix product chooses its own layout."""
+        if self.device.type == "cpu":
+            return None
+        return DecoderArena(self._shape, max_tokens=max_tokens, max_rows=max_rows, dtype=self.dtype, device=self.device)
+
     @torch.inference_mode()
-    def forward(self, step: StepTensors, kv: KvTensors) -> torch.Tensor:
-        """See `Model.forward`. The result is an inference tensor, valid until the next call."""
+    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
+        """See `Model.forward`. Without an arena the result is an inference tensor."""
+        assert arena is None or isinstance(arena, DecoderArena)
         shape = self._shape
-        plan = AttentionPlan(
-            step.block_tables,
-            step.query_lens,
-            step.host_context_lens,
-            step.num_decode_rows,
-            block_size=kv.block_size,
-            dtype=self.dtype,
-        )
-        factors = rotary_factors(self._rope_table, step.positions, self.dtype)
-        num_turned_heads = shape.num_heads + shape.num_kv_heads
-        hidden = functional.embedding(step.token_ids, self._embedding)
+        num_tokens, num_rows = len(step.token_ids), len(step.last_indices)
+        is_one_token_a_row = num_tokens == num_rows and (arena is not None or step.num_decode_rows == step.num_rows > 0)
         last_layer = len(self._layers) - 1
-        num_real_decode_rows = step.num_decode_rows if step.num_decode_rows == step.num_rows else 0
-        is_one_token_a_row = num_real_decode_rows > 0 and len(step.token_ids) == len(step.last_indices)
-        for index, layer in enumerate(self._layers):
-            normed = rms_norm(hidden, layer.attention_norm, shape.norm_epsilon)
-            heads = layer.qkv(normed).view(len(hidden), -1, shape.head_dim)
-            query_key, value = heads[:, :num_turned_heads], heads[:, num_turned_heads:]
-            if layer.query_key_norm is not None:
-                query_key = rms_norm(query_key, layer.query_key_norm, shape.norm_epsilon)
-            query_key = apply_rope(query_key, factors)
-            query, key = query_key[:, : shape.num_heads], query_key[:, shape.num_heads :]
+        plan = AttentionPlan.for_step(step, block_size=kv.block_size, dtype=self.dtype)
+        rope = RopePlan.for_step(self._rope_table, step.positions, self.dtype)
+        at = Activations() if arena is None else arena.tokens(num_tokens)
+        hidden = torch.index_select(self._embedding, 0, step.token_ids, out=at.hidden)
+        normed = rms_norm(hidden, self._layers[0].attention_norm, shape.norm_epsilon, at.normed)
+        for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             keys, values = kv.keys[index], kv.values[index]
-            write_kv(key, value, keys, values, step.kv_indices)
-            attended = paged_attention(query, keys, values, plan, scaling=self._scaling, window=layer.window)
+            query = rope_and_write_kv(
+                layer.qkv(normed, at.qkv),
+                rope,
+                step.kv_indices,
+                keys,
+                values,
+                query_key_norm=layer.query_key_norm,
+                epsilon=shape.norm_epsilon,
+                out=at.query,
+            )
+            attended = paged_attention(
+                query, keys, values, plan, scaling=self._scaling, window=layer.window, out=at.attended
+            )
             if index == last_layer and not is_one_token_a_row:
                 # Of the last layer only what the logits are made of is needed.
-                attended = attended.index_select(0, step.last_indices)
-                hidden = hidden.index_select(0, step.last_indices)
-            hidden.add_(layer.output(attended.flatten(1)), alpha=layer.output.scale)
-            normed = rms_norm(hidden, layer.mlp_norm, shape.norm_epsilon)
-            gated = gated_activation(layer.gate_up(normed), shape.activation)
-            hidden.add_(layer.down(gated), alpha=layer.down.scale)
-        return self._head(rms_norm(hidden, self._norm, shape.norm_epsilon)).float().contiguous()
+                at = Activations() if arena is None else arena.last_tokens(num_rows)
+                attended = torch.index_select(attended, 0, step.last_indices, out=at.attended)
+                hidden = torch.index_select(hidden, 0, step.last_indices, out=at.hidden)
+            update = layer.output(attended.flatten(1), at.update)
+            normed = add_rms_norm(
+                hidden, update, layer.mlp_norm, shape.norm_epsilon, at.normed, scale=layer.output.scale
+            )
+            gated = gated_activation(layer.gate_up(normed, at.gate_up), shape.activation, at.gated)
+            update = layer.down(gated, at.update)
+            normed = add_rms_norm(hidden, update, next_norm, shape.norm_epsilon, at.normed, scale=layer.down.scale)
+        if arena is None:
+            return self._head(normed).float().contiguous()
+        product, logits = arena.logits(num_rows)
+        self._head(normed, product)
+        return logits if product.dtype == torch.float32 else logits.copy_(product)
 
 
 class _Builder:

@@ -64,6 +64,18 @@ class StepTensors:
         return len(self.query_lens)
 
 
+class Arena(Protocol):
+    """Room for a model's intermediate results, allocated once. Only the model that made it knows what is in it.
+
+    It serves one forward at a time; two of them let two threads run the model at once.
+    """
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the model's device."""
+        ...
+
+
 class Model(Protocol):
     """A causal language model with weights in place."""
 
@@ -77,9 +89,18 @@ class Model(Protocol):
     weights_bytes: int
     kv_layout: Sequence[LayerKv]
 
-    def forward(self, step: StepTensors, kv: KvTensors) -> torch.Tensor:
+    def arena(self, max_tokens: int, max_rows: int) -> Arena | None:
+        """Room for steps of up to so many tokens and rows, padding included; None when this model makes its tensors as it goes.
+
+        Raises RuntimeError when the device lacks the memory.
+        """
+        ...
+
+    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
         """Writes the step's keys and values into `kv`; returns the logits after each row's last token, float32 [R, vocabulary].
 
-        No autograd, no random numbers, no host synchronisation on a CUDA device.
+        No autograd, no random numbers, no host synchronisation on a CUDA device. With an arena (one of this model, or None)
+        the intermediate results and the logits are views of it, valid until the next forward with that arena, and nothing that
+        the host knows of the step shapes the work: T = R then says that no row has more than one token.
         """
         ...

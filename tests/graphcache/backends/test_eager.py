@@ -38,3 +38,10 @@ def test_it_needs_neither_padding_nor_verification() -> None:
     """An eager replay has no fixed shape and cannot differ from the eager run."""
     assert not EagerBackend.is_fixed_shape
     assert not EagerBackend.needs_verification
+
+
+def test_warming_up_runs_the_work() -> None:
+    """A bind that relies on its warm-up having run may do so here, too."""
+    runs: list[int] = []
+    EagerBackend().warm_up(lambda: runs.append(1))
+    assert runs == [1]

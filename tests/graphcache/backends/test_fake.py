@@ -65,3 +65,11 @@ def test_program() -> None:
     program.failures["b"] = CaptureError("no")
     with pytest.raises(CaptureError):
         program.bind("b")
+
+
+def test_warming_up_runs_the_work_and_is_counted() -> None:
+    """A warm-up runs its work once."""
+    runs: list[int] = []
+    backend = FakeBackend()
+    backend.warm_up(lambda: runs.append(1))
+    assert (runs, backend.num_warm_ups) == ([1], 1)

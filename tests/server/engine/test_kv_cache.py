@@ -15,8 +15,8 @@ from tests.server.engine.tiny_model import TinyModel
 CPU = torch.device("cpu")
 
 
-def test_kv_cache_is_zero_and_of_the_layout() -> None:
-    """Tensors have the layout's shapes, probe blocks behind the others, and hold zeros."""
+def test_kv_cache_is_of_the_layout() -> None:
+    """Tensors have the layout's shapes and hold zeros; probe blocks, behind the others, hold anything else."""
     model = TinyModel()
     settings = tiny_settings(num_blocks=7).kv_cache
     cache = KvCache(model.kv_layout, settings, dtype=torch.float32, device=model.device, num_probe_blocks=2)
@@ -24,7 +24,9 @@ def test_kv_cache_is_zero_and_of_the_layout() -> None:
     assert cache.block_bytes == 4 * 256
     assert cache.size_bytes <= 7 * 4 * 256
     assert all(tensor.shape == (7, 4, 2, 8) for tensor in (*cache.tensors.keys, *cache.tensors.values))
-    assert all(not tensor.any() for tensor in (*cache.tensors.keys, *cache.tensors.values))
+    for tensor in (*cache.tensors.keys, *cache.tensors.values):
+        assert not tensor[: cache.num_blocks].any()
+        assert tensor[list(cache.probe_blocks)].all()
 
 
 def test_least_size_is_enough_and_one_byte_less_is_not() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from hotgraph_server.engine.thread import ForwardThread
+from hotgraph_server.engine.thread import Deferred, ForwardThread
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ async def test_cancelled_future_does_not_stop_the_thread(thread: ForwardThread) 
 
 async def test_call_waits_from_another_thread(thread: ForwardThread) -> None:
     """`call` gives the result or raises the error in the calling thread; on the forward thread itself it just runs."""
-    assert await asyncio.to_thread(thread.call, lambda: thread.is_current)
+    assert await asyncio.to_thread(thread.call, lambda: thread.after_launched(lambda: thread.is_current))
     with pytest.raises(ZeroDivisionError):
-        await asyncio.to_thread(thread.call, lambda: 1 // 0)
-    assert await thread.submit(lambda: thread.call(lambda: 5)) == 5
+        await asyncio.to_thread(thread.call, lambda: thread.after_launched(lambda: 1 // 0))
+    assert await thread.submit(lambda: thread.call(lambda: Deferred(lambda: 5))) == 5
 
 
 async def test_closed_thread_takes_no_work(thread: ForwardThread) -> None:
@@ -70,7 +70,7 @@ async def test_closed_thread_takes_no_work(thread: ForwardThread) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         thread.submit(lambda: 2)
     with pytest.raises(RuntimeError, match="closed"):
-        thread.call(lambda: 2)
+        thread.call(lambda: Deferred(lambda: 2))
 
 
 def test_loop_that_ended_early_does_not_kill_the_thread() -> None:
@@ -84,5 +84,30 @@ def test_loop_that_ended_early_does_not_kill_the_thread() -> None:
 
     asyncio.run(leave())
     gate.set()
-    assert forward.call(lambda: 7) == 7
+    assert forward.call(lambda: Deferred(lambda: 7)) == 7
     forward.close()
+
+
+async def test_deferred_work_gives_its_result_at_its_end(thread: ForwardThread) -> None:
+    """What work launches is waited for and read after it, by `submit` and by `call`, and its errors are the work's."""
+    order: list[str] = []
+
+    def launch() -> Deferred[str]:
+        order.append("launched")
+        return thread.after_launched(read)
+
+    def read() -> str:
+        order.append("read")
+        return "result"
+
+    assert await thread.launch(launch) == "result"
+    assert await asyncio.to_thread(thread.call, launch) == "result"
+    assert order == ["launched", "read"] * 2
+
+    def fail() -> Deferred[int]:
+        return thread.after_launched(lambda: 1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        await thread.launch(fail)
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(thread.call, fail)

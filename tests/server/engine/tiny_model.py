@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hotgraph_server.models.interface import KvTensors, LayerKv, StepTensors
+from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
 
 VOCABULARY = 97
 CONTEXT = 96
@@ -42,7 +42,10 @@ class TinyModel:
         self.error: Exception | None = None
         self.shapes: list[tuple[int, int]] = []  # (tokens, rows) of every forward
 
-    def forward(self, step: StepTensors, kv: KvTensors) -> torch.Tensor:
+    def arena(self, max_tokens: int, max_rows: int) -> None:
+        """It allocates as it goes."""
+
+    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
         """See models.interface.Model."""
         if self.error is not None:
             raise self.error

@@ -34,3 +34,13 @@ def test_the_gate_is_activated_and_multiplied_with_the_rest(activation: str) -> 
 def test_every_activation_has_a_definition_here() -> None:
     """An activation that is added gets its test."""
     assert set(ACTIVATIONS) == set(DEFINITIONS)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_result_may_go_into_a_tensor(activation: str) -> None:
+    """With `out` it takes the result and is returned; the input is left alone."""
+    gate_up = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    before, out = gate_up.clone(), torch.empty(3, 5)
+    assert gated_activation(gate_up, activation, out) is out
+    assert torch.equal(out, gated_activation(gate_up, activation))
+    assert torch.equal(gate_up, before)

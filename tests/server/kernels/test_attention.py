@@ -1,9 +1,8 @@
-"""Paged attention against loops over tokens, heads and positions."""
+"""Paged attention in plain torch against the definition."""
 
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -11,52 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
-
-BLOCK_SIZE = 4
-NUM_BLOCKS = 40
-
-
-def naive(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: list[list[int]],
-    query_lens: list[int],
-    context_lens: list[int],
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """The definition, in float64."""
-    group = query.shape[1] // keys.shape[2]
-    output = torch.zeros(query.shape[0], query.shape[1], values.shape[3], dtype=torch.float64)
-    token = 0
-    for table, query_len, context_len in zip(tables, query_lens, context_lens, strict=True):
-        for position in range(context_len - query_len, context_len):
-            first = 0 if window is None else max(0, position - window + 1)
-            slots = [(table[p // BLOCK_SIZE], p % BLOCK_SIZE) for p in range(first, position + 1)]
-            for head in range(query.shape[1]):
-                seen_keys = torch.stack([keys[block, offset, head // group] for block, offset in slots]).double()
-                seen_values = torch.stack([values[block, offset, head // group] for block, offset in slots]).double()
-                scores = seen_keys @ query[token, head].double() * scaling
-                if softcap is not None:
-                    scores = (scores / softcap).tanh() * softcap
-                exponentials = scores.exp()
-                total = exponentials.sum() + (0.0 if sinks is None else math.exp(float(sinks[head])))
-                output[token, head] = exponentials @ seen_values / total
-            token += 1
-    return output
+from hotgraph_server.models.interface import StepTensors
+from tests.server.kernels.naive_attention import Case, attend, make_problem, naive_attention
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """Decode rows, then prefill rows with some or no past: lengths in the step, lengths in the cache, decode rows."""
+def steps(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Rows of one token, then rows of any number with some or no past: lengths in the step, lengths in the cache."""
     decode = draw(st.lists(st.integers(1, 21), max_size=4))
     prefill = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), max_size=3, min_size=0 if decode else 1))
     query_lens = [1] * len(decode) + [length for length, _ in prefill]
-    context_lens = decode + [length + past for length, past in prefill]
-    return query_lens, context_lens, len(decode)
+    return query_lens, decode + [length + past for length, past in prefill]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +35,7 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
     seed=st.integers(0, 1000),
 )
 def test_it_is_the_definition(
-    step: tuple[list[int], list[int], int],
+    step: tuple[list[int], list[int]],
     heads: tuple[int, int],
     window: int | None,
     softcap: float | None,
@@ -81,55 +45,88 @@ def test_it_is_the_definition(
     seed: int,
 ) -> None:
     """Any mix of rows, head counts, windows, caps and sinks, over scattered blocks, beside padding and unwritten slots."""
-    query_lens, context_lens, num_decode_rows = step
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.full((NUM_BLOCKS, BLOCK_SIZE, heads[1], dims[0]), torch.nan)
-    values = torch.full((NUM_BLOCKS, BLOCK_SIZE, heads[1], dims[1]), torch.nan)
-    free = random.Random(seed).sample(range(1, NUM_BLOCKS), NUM_BLOCKS - 1)
-    tables = []
-    for length in context_lens:
-        table = [free.pop() for _ in range(-(-length // BLOCK_SIZE))]
-        tables.append(table)
-        for position in range(length):
-            place = table[position // BLOCK_SIZE], position % BLOCK_SIZE
-            keys[place] = torch.randn(heads[1], dims[0], generator=generator)
-            values[place] = torch.randn(heads[1], dims[1], generator=generator)
-    num_tokens = sum(query_lens)
-    query = torch.randn(num_tokens + num_padding, heads[0], dims[0], generator=generator)
-    sinks = torch.randn(heads[0], generator=generator) if has_sinks else None
-    width = max(map(len, tables)) + 1
-    padded = [table + [0] * (width - len(table)) for table in tables] + [[0] * width] * num_padding
-    plan = AttentionPlan(
-        torch.tensor(padded, dtype=torch.int32),
+    query_lens, context_lens = step
+    case = Case(
         query_lens,
         context_lens,
-        num_decode_rows,
-        block_size=BLOCK_SIZE,
-        dtype=torch.float32,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        key_dim=dims[0],
+        value_dim=dims[1],
+        block_size=4,
+        window=window,
+        softcap=softcap,
+        has_sinks=has_sinks,
+        num_padding_rows=num_padding,
+        num_padding_tokens=num_padding,
     )
-    result = paged_attention(query, keys, values, plan, scaling=0.4, window=window, softcap=softcap, sinks=sinks)
-    expected = naive(query, keys, values, tables, query_lens, context_lens, 0.4, window, softcap, sinks)
-    torch.testing.assert_close(result[:num_tokens].double(), expected[:num_tokens], atol=2e-5, rtol=1e-4)
-    assert not result[num_tokens:].any()
+    problem = make_problem(case, seed)
+    result = attend(problem)
+    torch.testing.assert_close(result.double(), naive_attention(problem), atol=2e-5, rtol=1e-4)
+    assert not result[problem.num_real_tokens :].any()
+
+
+def test_the_definition_is_that_of_plain_loops() -> None:
+    """What everything here is compared with equals sums over a token's positions, one after the other."""
+    case = Case([1, 5], [7, 6], num_heads=4, num_kv_heads=2, block_size=4, window=4, softcap=2.0, has_sinks=True)
+    problem = make_problem(case, seed=1)
+    assert problem.sinks is not None
+    expected = naive_attention(problem)
+    tokens = [(0, 6)] + [(1, position) for position in range(1, 6)]
+    for token, (row, position) in enumerate(tokens):
+        for head in range(4):
+            total = math.exp(float(problem.sinks[head]))
+            summed = torch.zeros(case.value_dim, dtype=torch.float64)
+            for seen in range(max(0, position - 3), position + 1):
+                place = int(problem.block_tables[row, seen // 4]), seen % 4, head // 2
+                score = float(problem.query[token, head].double() @ problem.keys[place].double()) * problem.scaling
+                weight = math.exp(2.0 * math.tanh(score / 2.0))
+                total += weight
+                summed += weight * problem.values[place].double()
+            torch.testing.assert_close(expected[token, head], summed / total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_differs_by_rounding_only(dtype: torch.dtype) -> None:
-    """In 16 bits, with masks and without, the result is float32's but for rounding."""
-    generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(2, 8, BLOCK_SIZE, 2, 16, generator=generator)
-    query = torch.randn(7, 4, 16, generator=generator)
-    tables = torch.tensor([[3, 1, 0], [2, 5, 0], [7, 4, 6]], dtype=torch.int32)
-    results = []
-    for each in (torch.float32, dtype):
-        plan = AttentionPlan(tables, [1, 1, 5], [6, 3, 11], 2, block_size=BLOCK_SIZE, dtype=each)
-        results.append(paged_attention(query.to(each), keys.to(each), values.to(each), plan, scaling=0.25))
-    assert results[1].dtype == dtype
-    torch.testing.assert_close(results[1].float(), results[0], atol=3e-2, rtol=0)
+    """In 16 bits, with masks and without, the result is the definition's but for rounding."""
+    case = Case([1, 1, 5], [6, 3, 11], num_heads=4, num_kv_heads=2, block_size=4, dtype=dtype)
+    problem = make_problem(case, seed=0)
+    result = attend(problem)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), naive_attention(problem), atol=3e-2, rtol=0)
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1], [1, 4]], ids=["decode", "mixed"])
+def test_the_result_goes_where_it_is_asked_to_go(query_lens: list[int]) -> None:
+    """With `out` the same numbers are written there, padding included, and `out` is returned."""
+    problem = make_problem(Case(query_lens, [9, 6], num_padding_tokens=2), seed=3)
+    out = torch.full_like(problem.query, torch.nan)
+    assert attend(problem, out=out) is out
+    assert torch.equal(out, attend(problem))
+
+
+def test_a_plan_is_made_of_a_step() -> None:
+    """The plan of a step's fields is that of the fields one by one."""
+    problem = make_problem(Case([1, 4], [9, 6]), seed=4)
+    step = StepTensors(
+        token_ids=torch.zeros(5, dtype=torch.int64),
+        positions=torch.zeros(5, dtype=torch.int64),
+        kv_indices=torch.zeros(5, dtype=torch.int64),
+        block_tables=problem.block_tables,
+        context_lens=problem.context_lens,
+        query_starts=problem.query_starts,
+        last_indices=torch.zeros(2, dtype=torch.int64),
+        query_lens=[1, 4],
+        host_context_lens=[9, 6],
+        num_decode_rows=1,
+    )
+    plan = AttentionPlan.for_step(step, block_size=problem.case.block_size, dtype=torch.float32)
+    result = paged_attention(problem.query, problem.keys, problem.values, plan, scaling=problem.scaling)
+    assert torch.equal(result, attend(problem))
 
 
 def test_a_step_of_padding_only_gives_zeros() -> None:
     """A step without real rows reads nothing."""
-    plan = AttentionPlan(torch.zeros(2, 3, dtype=torch.int32), [], [], 0, block_size=BLOCK_SIZE, dtype=torch.float32)
-    cache = torch.full((2, BLOCK_SIZE, 1, 8), torch.nan)
-    assert not paged_attention(torch.ones(2, 1, 8), cache, cache, plan, scaling=1.0).any()
+    problem = make_problem(Case([], [], num_padding_rows=2, num_padding_tokens=2), seed=5)
+    assert problem.keys.isnan().all()
+    assert torch.equal(attend(problem), torch.zeros_like(problem.query))

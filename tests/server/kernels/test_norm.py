@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hotgraph_server.kernels.norm import rms_norm
+from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(1, 576), (7, 33), (5, 3, 16), (0, 8)])
@@ -41,3 +41,24 @@ def test_the_input_is_left_alone() -> None:
     x = torch.ones(2, 8)
     rms_norm(x, torch.full((8,), 5.0), 1e-6)
     assert torch.equal(x, torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_sum_is_rounded_before_it_is_normed(dtype: torch.dtype) -> None:
+    """The residual takes the scaled update, in the dtype; the norm is that of what it then holds."""
+    generator = torch.Generator().manual_seed(2)
+    residual, update = torch.randn(2, 5, 33, generator=generator).to(dtype)
+    weight = torch.randn(33, generator=generator).to(dtype)
+    expected = (residual.double() + 0.25 * update.double()).to(dtype)
+    out = torch.empty_like(residual)
+    assert add_rms_norm(residual, update, weight, 1e-5, out, scale=0.25) is out
+    torch.testing.assert_close(residual, expected)
+    assert torch.equal(out, rms_norm(residual, weight, 1e-5))
+
+
+def test_the_norm_may_go_into_a_tensor() -> None:
+    """With `out` it takes the result and is returned; without, the result is new."""
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
+    out = torch.empty(3, 8)
+    assert rms_norm(x, torch.ones(8), 1e-6, out) is out
+    assert torch.equal(out, rms_norm(x, torch.ones(8), 1e-6))

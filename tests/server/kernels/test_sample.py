@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hotgraph_server.kernels import sample as sample_kernel
-from hotgraph_server.kernels.sample import RowSampling, finite_rows, sample_filtered, sample_greedy, sample_gumbel
+from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_filtered, sample_greedy, sample_gumbel
 from tests.server.kernels import naive_sampling
 
 
@@ -119,7 +119,7 @@ def test_row_is_the_same_alone_and_among_others() -> None:
         )
 
 
-def test_finite_rows_finds_every_kind() -> None:
+def test_peaks_are_finite_where_a_row_can_be_sampled() -> None:
     """NaN or plus infinity anywhere spoils a row; minus infinity only when nothing else is left to choose."""
     logits = torch.randn(6, 1000)
     logits[1, 999] = torch.nan
@@ -127,4 +127,4 @@ def test_finite_rows_finds_every_kind() -> None:
     logits[3, 500] = -torch.inf
     logits[4] = -torch.inf
     logits[5, 3], logits[5, 4] = torch.inf, -torch.inf
-    assert finite_rows(logits).tolist() == [True, False, False, True, False, False]
+    assert row_peaks(logits).isfinite().tolist() == [True, False, False, True, False, False]

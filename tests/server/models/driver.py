@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hotgraph_server.models.interface import KvTensors, Model, StepTensors
+from hotgraph_server.models.interface import Arena, KvTensors, Model, StepTensors
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class _Sequence:
 
 
 class Driver:
-    """Feeds a model. Every step is padded by `num_padding_tokens` tokens and `num_padding_rows` rows."""
+    """Feeds a model, with an arena if given. Steps are padded by `num_padding_tokens` tokens and `num_padding_rows` rows."""
 
     def __init__(
         self,
@@ -33,9 +33,11 @@ class Driver:
         block_size: int = 16,
         num_padding_tokens: int = 0,
         num_padding_rows: int = 0,
+        arena: Arena | None = None,
         seed: int = 0,
     ) -> None:
         self._model = model
+        self._arena = arena
         self._block_size = block_size
         self._num_padding_tokens = num_padding_tokens
         self._num_padding_rows = num_padding_rows
@@ -56,7 +58,7 @@ class Driver:
     def step(self, tokens: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
         """Appends tokens to sequences (a new name begins one), in one step; logits [vocabulary] after each one's last."""
         tensors, names = self.tensors(tokens)
-        logits = self._model.forward(tensors, self.kv)
+        logits = self._model.forward(tensors, self.kv, self._arena)
         assert logits.shape == (len(tensors.last_indices), self._model.vocabulary_size)
         assert logits.dtype == torch.float32
         return {name: logits[row].clone() for row, name in enumerate(names)}

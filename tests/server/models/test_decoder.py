@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from hotgraph_server.errors import ModelLoadError
+from hotgraph_server.models.arena import DecoderArena
 from hotgraph_server.models.decoder import Decoder
+from hotgraph_server.models.shape import DecoderShape
 from hotgraph_server.models.weights import PackedLinear
 from tests.server.models.driver import Driver, random_model, random_tokens, reference_logits, round_to_bfloat16
 from tests.server.models.scenarios import check_chunked, check_mixed
@@ -165,6 +167,79 @@ def test_padding_changes_no_bit_of_what_real_rows_see() -> None:
         logits.append(driver.step({"a": tokens[19:], "b": tokens[3:4]})["a"])
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+# On the CPU the decoder does without an arena; made by hand, one shows here what it does on a GPU.
+def arena_on_cpu(model: Decoder, name: str, *, max_tokens: int = 80, max_rows: int = 8) -> DecoderArena:
+    """Room for the steps of these tests, full of NaN."""
+    shape = DecoderShape.from_config(CONFIGS[name]())
+    arena = DecoderArena(shape, max_tokens=max_tokens, max_rows=max_rows, dtype=model.dtype, device=model.device)
+    for room in vars(arena).values():
+        room.fill_(torch.nan)
+    return arena
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_arena_changes_no_logit(name: str, dtype: torch.dtype) -> None:
+    """Prefill, mixed and decode steps, padded or not, give through an arena what they give without, in every family."""
+    model = decoder(reference(name), dtype=dtype)
+    texts = {key: random_tokens(30, model.vocabulary_size, seed) for seed, key in enumerate("abc")}
+    for padding in ((0, 0), (5, 2)):
+        drivers = [
+            Driver(model, num_padding_tokens=padding[0], num_padding_rows=padding[1], arena=arena)
+            for arena in (None, arena_on_cpu(model, name))
+        ]
+        position = dict.fromkeys(texts, 0)
+        for step in ({"a": 12}, {"a": 1, "b": 9}, {"a": 1, "b": 1}, {"b": 1, "c": 1, "a": 2}, {"a": 1, "b": 1, "c": 1}):
+            chunks = {key: texts[key][position[key] : position[key] + count] for key, count in step.items()}
+            expected, found = (driver.step(chunks) for driver in drivers)
+            for key, count in step.items():
+                position[key] += count
+                tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+                torch.testing.assert_close(found[key], expected[key], atol=tolerance, rtol=tolerance)
+
+
+def test_an_arena_holds_what_a_forward_makes() -> None:
+    """The logits are a view of it: the next forward with that arena overwrites them, one with another does not."""
+    model = decoder(reference("llama"))
+    first, second = (arena_on_cpu(model, "llama") for _ in range(2))
+    driver = Driver(model)
+    tokens = random_tokens(12, model.vocabulary_size, seed=6)
+    steps = [driver.tensors({key: tokens[start : start + 4]})[0] for start, key in ((0, "a"), (4, "b"), (8, "c"))]
+    kept = model.forward(steps[0], driver.kv, first)
+    before = kept.clone()
+    model.forward(steps[1], driver.kv, second)
+    assert torch.equal(kept, before)
+    assert model.forward(steps[2], driver.kv, first).data_ptr() == kept.data_ptr()
+    assert not torch.equal(kept, before)
+
+
+def test_with_an_arena_one_token_a_row_follows_from_the_sizes() -> None:
+    """Where tokens and rows are as many, nothing is picked out by row, whatever the host says of decode rows."""
+    model = decoder(reference("llama"))
+    driver = Driver(model)
+    tokens = random_tokens(2, model.vocabulary_size, seed=7)
+    step, _ = driver.tensors({"a": tokens[:1], "b": tokens[1:]})
+    expected = model.forward(step, driver.kv)
+    step.num_decode_rows = 0
+    step.last_indices = torch.full_like(step.last_indices, 99)  # out of bounds, were it looked at
+    assert torch.equal(model.forward(step, driver.kv, arena_on_cpu(model, "llama")), expected)
+
+
+def test_an_arena_tells_its_bytes() -> None:
+    """All its tensors are counted, one that serves twice once; more tokens and rows take more."""
+    model = decoder(reference("llama"), dtype=torch.bfloat16)
+    arena = arena_on_cpu(model, "llama", max_tokens=7, max_rows=3)
+    rooms = {room.data_ptr(): room.nbytes for room in vars(arena).values()}
+    assert arena.num_bytes == sum(rooms.values())
+    assert arena.num_bytes < arena_on_cpu(model, "llama", max_tokens=8, max_rows=3).num_bytes
+    assert arena.num_bytes < arena_on_cpu(model, "llama", max_tokens=7, max_rows=4).num_bytes
+
+
+def test_on_the_cpu_there_is_no_arena() -> None:
+    """There a matrix product chooses the layout of its result."""
+    assert decoder(reference("llama")).arena(64, 8) is None
 
 
 def test_the_context_is_the_smaller_of_the_models_and_the_settings() -> None:

@@ -51,6 +51,27 @@ def test_every_form_gives_the_product(
     torch.testing.assert_close(result.double(), expected, atol=1e-5 * magnitude, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 4, 30])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("form", ["dense", "packed", "whole"])
+def test_the_product_may_go_into_a_tensor(form: str, has_bias: bool, num_tokens: int, dtype: torch.dtype) -> None:
+    """With `out` every form writes there what it gives without, and returns it."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    weight, bias = torch.randn(17, 33, generator=generator), torch.randn(17, generator=generator)
+    x = torch.randn(num_tokens, 33, generator=generator).to(dtype)
+    linear: Linear
+    if form == "dense":
+        linear = DenseLinear(weight.to(dtype), bias.to(dtype) if has_bias else None)
+    else:
+        parts = [weight.bfloat16() if form == "packed" else weight]
+        linear = make_linear(parts, [bias] if has_bias else [], dtype=dtype, device=CPU, scales_input=True)
+    out = torch.full((num_tokens, 17), torch.nan, dtype=dtype)
+    assert linear(x, out) is out
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out, linear(x), atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.skipif(not can_pack(), reason="this machine's torch cannot pack")
 def test_only_weights_that_lose_nothing_are_packed() -> None:
     """bfloat16 and float16 checkpoints pack; weights with more bits, NaN or infinity do not; zeros do."""

@@ -1,0 +1,376 @@
+"""The backend that captures CUDA graphs while others serve. It knows how to record safely, and nothing of keys or budgets.
+
+Torch's own way of capturing is made for the start of a program: it waits for the whole device, empties caches, marks the
+random generator for all threads, and leaves that mark, and the allocator's, behind when a capture fails. So work is recorded
+here with the runtime's own calls, which disturb no other thread, and torch is told one thing only: to take this thread's
+memory from a pool meanwhile.
+
+Two streams of its own, because cuBLAS keeps a workspace for each thread and stream, and a graph points at the workspace of
+the stream it was recorded on. All graphs share the capture stream's, which is made before the first capture, outside any
+pool, and used by nothing but replays; eager work of a program's `bind` goes to the other stream. For the same reason graphs
+of one backend must be replayed one after the other, on one stream or ordered by events.
+
+Imports torch and cuda-bindings, and so is not imported by `graphcache` itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, NoReturn
+
+from graphcache.backends.cuda_runtime import OUT_OF_MEMORY, CudaCallError, CudaRuntime, Runtime
+from graphcache.backends.cuda_sizes import ExecutableSizes
+from graphcache.backends.cuda_torch import Torch, TorchDevice
+from graphcache.errors import CaptureError, DeviceLostError, GraphStateError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("graphcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Executable:
+    """An instantiated graph: its handle, its shape as (nodes, edges), and what it holds of device memory."""
+
+    handle: int
+    shape: tuple[int, int]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CudaStats:
+    """Counts since the start, and what is held beside the cache's ledger: spares, and the pool that graphs share.
+
+    `num_updates` captures took over a spare executable, `num_instantiates` made a new one.
+    """
+
+    num_updates: int
+    num_instantiates: int
+    num_failures: int
+    num_spares: int
+    spare_bytes: int
+    pool_bytes: int
+    node_bytes: float
+
+
+class CudaCaptured:
+    """One graph, launchable. `size_bytes`: its executable's share, and what the pool grew by while it was recorded."""
+
+    def __init__(
+        self,
+        backend: CudaBackend,
+        executable: Executable,
+        replay: Callable[[], None],
+        *,
+        pool_bytes: int,
+        record_seconds: float,
+        instantiate_seconds: float,
+        is_update: bool,
+    ) -> None:
+        self.replay: Callable[[], None] = replay
+        self.size_bytes = executable.size_bytes + pool_bytes
+        self.record_seconds = record_seconds
+        self.instantiate_seconds = instantiate_seconds  # or update; and upload
+        self.is_update = is_update
+        self.num_nodes = executable.shape[0]
+        self._backend = backend
+        self._executable: Executable | None = executable
+
+    def __repr__(self) -> str:
+        return f"CudaCaptured({self.num_nodes} nodes, {self.size_bytes} bytes)"
+
+    def destroy(self) -> None:
+        """Hands the executable back, to be updated or destroyed. Its last launch may still run. Raises GraphStateError."""
+        if self._executable is None:
+            raise GraphStateError("the graph was destroyed before")
+        executable, self._executable = self._executable, None
+        self.replay = _gone
+        self._backend.retire(executable)
+
+
+class CudaBackend:
+    """Captures on one thread, which `start` makes its own; only what a capture's `replay` does is for others.
+
+    - device: as torch takes it; None is the first.
+    - num_spare_execs: executables of destroyed graphs kept to be updated by later captures of the same topology. An update
+      takes microseconds where an instantiate takes milliseconds, and memory of a destroyed executable comes back late.
+    - library_warm_up: run once on the capture stream before the first capture, beside what is done for cuBLAS: for other
+      libraries that keep memory for each thread and stream.
+    - runtime, torch_device: stand-ins, for tests.
+    """
+
+    name = "cuda"
+    is_fixed_shape = True
+    needs_verification = True
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        *,
+        num_spare_execs: int = 8,
+        library_warm_up: Callable[[], None] | None = None,
+        runtime: Runtime | None = None,
+        torch_device: Torch | None = None,
+    ) -> None:
+        if num_spare_execs < 0:
+            raise ValueError(f"num_spare_execs is not negative: {num_spare_execs}")
+        self._num_spare_execs = num_spare_execs
+        self._library_warm_up = library_warm_up
+        self._runtime: Runtime = runtime if runtime is not None else CudaRuntime()
+        self._torch: Torch = torch_device if torch_device is not None else TorchDevice(device)
+        self._thread: int | None = None  # the capture thread's, from start to close
+        self._capture_stream: int | None = None  # None: it could not be brought back after a failure, and is made anew
+        self._warm_up_stream: int | None = None
+        self._checkpoint: Callable[[], None] = lambda: None
+        self._spares: list[Executable] = []  # newest last
+        self._sizes = ExecutableSizes()
+        self._num_updates = 0
+        self._num_instantiates = 0
+        self._num_failures = 0
+        self._pool_bytes = 0
+
+    def __repr__(self) -> str:
+        state = "not started" if self._thread is None else f"{len(self._spares)} spares"
+        return f"CudaBackend({state}, {self._num_instantiates} instantiated, {self._num_updates} updated)"
+
+    def stats(self) -> CudaStats:
+        """From any thread; the parts may be of slightly different moments."""
+        spares = tuple(self._spares)
+        return CudaStats(
+            num_updates=self._num_updates,
+            num_instantiates=self._num_instantiates,
+            num_failures=self._num_failures,
+            num_spares=len(spares),
+            spare_bytes=sum(spare.size_bytes for spare in spares),
+            pool_bytes=self._pool_bytes,
+            node_bytes=self._sizes.node_bytes,
+        )
+
+    # Its life.
+
+    def start(self, checkpoint: Callable[[], None]) -> None:
+        """See Backend. Makes the streams and the pool, has cuBLAS allocate its workspaces, and waits for that."""
+        self._checkpoint = checkpoint
+        try:
+            self._torch.open()
+            self._warm_up_stream = self._runtime.take_stream()
+            self._ensure_capture_stream()
+        except Exception as error:
+            try:
+                self._fail("starting", error)
+            finally:
+                self._let_go()
+        self._thread = threading.get_ident()
+
+    def close(self) -> None:
+        """Destroys the spares, and lets go of the streams and the pool. Graphs in use must not be left."""
+        self._check_thread()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for spare in self._spares:
+            self._leave("an executable", self._runtime.destroy_executable, spare.handle)
+        for stream in (self._capture_stream, self._warm_up_stream):
+            if stream is not None:
+                self._leave("a stream", self._runtime.return_stream, stream)
+        self._torch.close()
+        self._spares = []
+        self._capture_stream = self._warm_up_stream = self._thread = None
+
+    def _ensure_capture_stream(self) -> int:
+        """The capture stream, made and warmed if need be: eager work runs on it here and nowhere else."""
+        if self._capture_stream is None:
+            stream = self._runtime.take_stream()
+            try:
+                with self._torch.on_stream(stream):
+                    self._torch.warm_libraries()
+                    if self._library_warm_up is not None:
+                        self._library_warm_up()
+                self._runtime.synchronize_stream(stream)
+            except BaseException:
+                self._runtime.return_stream(stream)
+                raise
+            self._capture_stream = stream
+        return self._capture_stream
+
+    # Its work.
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """See Backend. Runs on a stream of its own, of low priority, without gradients; waits for that stream alone.
+
+        What `work` reads must be complete on the device: this stream is behind no other.
+        """
+        self._check_thread()
+        assert self._warm_up_stream is not None
+        try:
+            with self._torch.on_stream(self._warm_up_stream):
+                work()
+            self._runtime.synchronize_stream(self._warm_up_stream)
+        except Exception as error:
+            self._fail("warming up", error)
+
+    def capture(self, name: str, work: Callable[[], None]) -> CudaCaptured:
+        """See Backend. Checkpoints lie between recording, instantiating and uploading; their time is not counted."""
+        self._check_thread()
+        try:
+            self._ensure_capture_stream()
+            pool_bytes = self._torch.pool_bytes()
+            started = perf_counter()
+            graph = self._record(work)
+            record_seconds = perf_counter() - started
+        except Exception as error:
+            self._num_failures += 1
+            self._fail("recording", error, name)
+        try:
+            self._checkpoint()
+            executable, instantiate_seconds, is_update = self._launchable(graph)
+        except Exception as error:
+            self._num_failures += 1
+            self._fail("instantiating", error, name)
+        finally:
+            self._leave("a graph", self._runtime.destroy_graph, graph)  # the executable needs it no more
+        self._pool_bytes = self._torch.pool_bytes()
+        return CudaCaptured(
+            self,
+            executable,
+            self._runtime.launcher(executable.handle, self._torch.current_stream()),
+            pool_bytes=max(0, self._pool_bytes - pool_bytes),
+            record_seconds=record_seconds,
+            instantiate_seconds=instantiate_seconds,
+            is_update=is_update,
+        )
+
+    def retire(self, executable: Executable) -> None:
+        """A capture that is being destroyed gives its executable back. Raises CudaCallError when one cannot be destroyed."""
+        self._check_thread()
+        self._spares.append(executable)
+        while len(self._spares) > self._num_spare_execs:
+            self._runtime.destroy_executable(self._spares.pop(0).handle)
+
+    def _record(self, work: Callable[[], None]) -> int:
+        """The graph of `work`. Raises whatever `work` raises, or CudaCallError; the stream does not capture then."""
+        stream = self._capture_stream
+        assert stream is not None
+        # The pool takes over before the capture begins, and until after it ended: the allocator must not be asked for
+        # memory outside it in between.
+        with self._torch.recording(stream):
+            try:
+                self._runtime.begin_capture(stream)
+                work()
+                graph = self._runtime.end_capture(stream)
+            except BaseException:
+                self._abandon_capture(stream)
+                raise
+        return graph
+
+    def _abandon_capture(self, stream: int) -> None:
+        """Ends what is left of a capture that failed. A stream that goes on capturing is given up for another."""
+        try:
+            if self._runtime.is_capturing(stream):
+                self._runtime.destroy_graph(self._runtime.end_capture(stream))
+        except CudaCallError as error:
+            log.debug("the end of a broken capture: %s", error)  # which is how it is told; the next question counts
+        try:
+            is_capturing = self._runtime.is_capturing(stream)
+        except CudaCallError:
+            is_capturing = True
+        if is_capturing:
+            log.warning("the capture stream cannot be used any more; the next capture makes another")
+            self._capture_stream = None
+
+    def _launchable(self, graph: int) -> tuple[Executable, float, bool]:
+        """An executable of `graph`, uploaded; the seconds that took; and whether it is a spare, updated."""
+        stream = self._capture_stream
+        assert stream is not None
+        shape = self._runtime.shape(graph)
+        if shape[0] == 0:
+            raise CaptureError("the work put nothing on the capture stream")
+        started = perf_counter()
+        spare = self._update_spare(graph, shape)
+        seconds = perf_counter() - started
+        handle, fallen_bytes = (spare.handle, 0) if spare is not None else (None, 0)
+        try:
+            if handle is None:
+                before = self._unaccounted_bytes()
+                started = perf_counter()
+                handle = self._runtime.instantiate(graph)
+                seconds += perf_counter() - started
+                fallen_bytes = before - self._unaccounted_bytes()
+            self._checkpoint()
+            before = self._unaccounted_bytes()
+            started = perf_counter()
+            self._runtime.upload(handle, stream)
+            self._runtime.synchronize_stream(stream)
+            seconds += perf_counter() - started
+            fallen_bytes += before - self._unaccounted_bytes()
+        except BaseException:
+            if handle is not None:
+                self._leave("an executable", self._runtime.destroy_executable, handle)
+            raise
+        if spare is not None:
+            self._num_updates += 1
+            return spare, seconds, True
+        self._num_instantiates += 1
+        return Executable(handle, shape, self._sizes.measured(shape[0], fallen_bytes)), seconds, False
+
+    def _update_spare(self, graph: int, shape: tuple[int, int]) -> Executable | None:
+        """A spare that does what `graph` does from its next launch on; no spare any more. None when none can.
+
+        Spares with as many nodes and edges are tried, newest first: the driver alone knows whether the rest agrees. One
+        that was refused stays: it is launched only after an update that succeeded, which sets all there is to set.
+        """
+        for index in reversed(range(len(self._spares))):
+            spare = self._spares[index]
+            if spare.shape == shape and self._runtime.update(spare.handle, graph):
+                del self._spares[index]
+                return spare
+        return None
+
+    def _unaccounted_bytes(self) -> int:
+        """Free device memory, and what torch holds: what falls when somebody else takes memory, the driver for one."""
+        return self._runtime.free_bytes() + self._torch.reserved_bytes()
+
+    # What goes wrong.
+
+    def _fail(self, doing: str, error: Exception, name: str = "") -> NoReturn:
+        """Raises for `error` what the cache understands: DeviceLostError when the device answers nothing any more, else a
+        CaptureError with fixed words; the error itself goes to the log."""
+        self._torch.clear_last_error()
+        try:
+            # Idle, but for a warm-up that just failed. A device that is lost answers this with what it was lost to.
+            if self._warm_up_stream is not None:
+                self._runtime.synchronize_stream(self._warm_up_stream)
+        except CudaCallError as lost:
+            self._torch.keep_pool()
+            log.warning("%s %s failed", doing, name, exc_info=error)
+            raise DeviceLostError(f"the device is lost: {lost.code_name}") from error
+        if isinstance(error, CaptureError):
+            raise error
+        log.warning("%s %s failed", doing, name, exc_info=error)
+        if self._torch.is_out_of_memory(error) or (isinstance(error, CudaCallError) and error.code == OUT_OF_MEMORY):
+            text = "out of device memory"
+        elif isinstance(error, CudaCallError):
+            text = f"{error}: what is captured must not wait, nor fork to a stream that does not join again"
+        else:
+            text = f"{doing} raised {type(error).__name__}; the log has it"
+        raise CaptureError(text) from error
+
+    def _leave(self, what: str, destroy: Callable[[int], None], handle: int) -> None:
+        """Destroys something. A failure is logged: nothing can be done about it, and it must not hide another."""
+        try:
+            destroy(handle)
+        except CudaCallError:
+            log.exception("%s of the CUDA backend was left behind", what)
+
+    def _check_thread(self) -> None:
+        if self._thread != threading.get_ident():
+            raise GraphStateError("the CUDA backend is not started, or was called away from the capture thread")
+
+
+def _gone() -> None:
+    raise GraphStateError("a destroyed graph was replayed")

@@ -1,0 +1,46 @@
+"""Compiles Triton kernels for an H100 or H200 where there is no GPU: what is launched is compiled instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]  # it comes without types
+from triton.runtime.driver import driver  # type: ignore[import-untyped]  # as above
+from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]  # as above
+
+
+class _Hopper:
+    """The little that Triton asks of a driver before it launches. Its device is not one that tests on a GPU could mean."""
+
+    def get_current_device(self) -> int:
+        return -1
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """From now on launches compile, with the tensors they are given wherever these are; the list gets the compiled kernels."""
+    kernels: list[Any] = []
+
+    def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(*arguments: object, **options: object) -> None:
+            kernels.append(kernel.warmup(*arguments, grid=grid, **options))
+
+        return compile_only
+
+    monkeypatch.setattr(driver, "_active", _Hopper())
+    monkeypatch.setattr(JITFunction, "__getitem__", launcher)
+    return kernels
+
+
+def spills(kernel: Any) -> bool:
+    """Whether a compiled kernel keeps anything in local memory, as it does when registers run out."""
+    machine_code = kernel.asm["sass"]
+    assert "EXIT" in machine_code
+    return "STL" in machine_code or "LDL" in machine_code

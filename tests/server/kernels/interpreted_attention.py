@@ -1,0 +1,131 @@
+"""The attention kernels in Triton's interpreter, on the CPU. `test_attention_triton.py` runs this in a process of its own."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime import interpreter  # type: ignore[import-untyped]  # it comes without types
+
+from hotgraph_server.kernels import attention_triton
+from hotgraph_server.kernels.attention_triton import DeviceRows, launches, triton_attention
+from tests.server.kernels.naive_attention import Case, Problem, make_problem, naive_attention
+
+CASES: dict[str, Case] = {
+    "decode": Case([1, 1, 1], [1, 8, 37], num_heads=2, num_kv_heads=2, num_padding_rows=1, num_padding_tokens=1),
+    "decode, many splits": Case([1], [150], num_heads=1, num_kv_heads=1),
+    "decode, not split": Case([1, 1], [70, 20], num_heads=2, num_kv_heads=2, has_sinks=True),
+    "decode, not split, group of 3": Case([1, 1], [70, 20], num_heads=3, num_kv_heads=1, window=64),
+    "decode, group of 3": Case([1, 1], [70, 3], num_heads=9, num_kv_heads=3),
+    "decode, group of 35 in two blocks": Case([1], [50], num_heads=35, num_kv_heads=1),
+    "decode, window, softcap and sinks": Case(
+        [1, 1],
+        [1, 80],
+        num_heads=2,
+        num_kv_heads=2,
+        window=20,
+        softcap=2.0,
+        has_sinks=True,
+        num_padding_rows=1,
+        num_padding_tokens=1,
+    ),
+    "decode, group, window, softcap and sinks": Case(
+        [1, 1], [90, 10], num_heads=6, num_kv_heads=2, window=50, softcap=2.0, has_sinks=True
+    ),
+    "decode, dimensions that are no powers of two": Case([1], [40], key_dim=24, value_dim=10),
+    "decode, 16 bits": Case([1], [60], dtype=torch.float16),
+    "prefill": Case([70], [70], num_heads=2, num_kv_heads=2),
+    "a token alone in a longer step": Case([1], [30], num_padding_tokens=3),
+    "chunk after a past": Case([5], [90], num_heads=6, num_kv_heads=2),
+    "prefill, group of 35 in two blocks": Case([3, 4], [3, 20], num_heads=35, num_kv_heads=1),
+    "prefill, dimensions that are no powers of two": Case([9], [13], key_dim=10, value_dim=24, num_padding_tokens=2),
+    "prefill, 16 bits": Case([9], [33], num_heads=4, num_kv_heads=2, dtype=torch.float16),
+    "mixed": Case(
+        [1, 1, 40, 7], [40, 9, 40, 30], num_heads=6, num_kv_heads=2, num_padding_rows=4, num_padding_tokens=9
+    ),
+    "mixed, window, softcap and sinks": Case(
+        [1, 30, 2], [60, 61, 2], window=13, softcap=2.0, has_sinks=True, num_padding_rows=1, num_padding_tokens=3
+    ),
+    "mixed, more rows than are looked at together": Case(
+        [1] * 4 + [2] * 66, [5] * 70, num_heads=1, num_kv_heads=1, num_padding_rows=3, num_padding_tokens=1
+    ),
+    "padding only": Case([], [], num_padding_rows=2, num_padding_tokens=2, has_sinks=True),
+    "padding only, more tokens than rows": Case([], [], num_padding_rows=2, num_padding_tokens=5, has_sinks=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter of Triton 3.6 cannot take tensors for the bounds of a loop, with a current numpy."""
+
+    def to_int(bound: Any) -> int:
+        return int(bound.handle.data.item()) if hasattr(bound, "handle") else int(bound)
+
+    monkeypatch.setattr(interpreter, "range", lambda *bounds: builtins.range(*map(to_int, bounds)), raising=False)
+
+
+def rows_of(problem: Problem) -> DeviceRows:
+    return DeviceRows(
+        block_tables=problem.block_tables,
+        context_lens=problem.context_lens,
+        query_starts=problem.query_starts,
+        num_tokens=problem.num_tokens,
+        block_size=problem.case.block_size,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give what the definition gives and 0 for padding, read no NaN, and leave the scratch ready for the next layer."""
+    case = CASES[name]
+    if "not split" in name:
+        # A grid that is full by itself would take minutes here.
+        monkeypatch.setattr(attention_triton, "FULL_GRID", 1)
+    problem = make_problem(case, seed=list(CASES).index(name))
+    rows = rows_of(problem)
+    out = torch.full((problem.num_tokens, case.num_heads, case.value_dim), torch.nan, dtype=case.dtype)
+    arguments: dict[str, Any] = {
+        "scaling": problem.scaling,
+        "window": case.window,
+        "softcap": case.softcap,
+        "sinks": problem.sinks,
+    }
+    planned = launches(problem.query, problem.keys, problem.values, rows, out, **arguments)
+    assert len(planned) == (2 if problem.num_tokens > len(problem.context_lens) > 1 else 1)
+    is_split = name.startswith("decode") and "not split" not in name
+    assert not is_split or planned[0].grid[2] > 1
+
+    triton_attention(problem.query, problem.keys, problem.values, rows, out, **arguments)
+
+    tolerance = 2e-6 if case.dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(out.double(), naive_attention(problem), atol=tolerance, rtol=0)
+    assert not out[problem.num_real_tokens :].any()
+    scratch = rows.scratch(case.num_kv_heads, case.num_heads, case.value_dim)
+    assert scratch is None or not scratch.arrivals.any()
+
+
+@pytest.mark.parametrize("name", ["chunk after a past", "decode, group of 3"])
+def test_queries_may_lie_in_any_order(name: str) -> None:
+    """A query that is a part of a wider tensor, or has its heads outermost, gives what a contiguous one gives."""
+    case = CASES[name]
+    problem = make_problem(case, seed=1)
+    wider = torch.cat((problem.query, torch.full_like(problem.query, torch.nan)), dim=1)
+    heads_outermost = problem.query.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = naive_attention(problem)
+    for query in (wider[:, : case.num_heads], heads_outermost):
+        assert not query.is_contiguous()
+        out = torch.empty_like(problem.query)
+        triton_attention(
+            query,
+            problem.keys,
+            problem.values,
+            rows_of(problem),
+            out,
+            scaling=problem.scaling,
+            window=None,
+            softcap=None,
+            sinks=None,
+        )
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)

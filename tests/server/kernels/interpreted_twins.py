@@ -1,0 +1,90 @@
+"""The Triton kernels in Triton's interpreter, on the CPU. `test_twins.py` runs this file in a process of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl  # type: ignore[import-untyped]  # it comes without types
+from triton.runtime import interpreter  # type: ignore[import-untyped]  # as above
+
+from hotgraph_server.kernels.activation import ACTIVATIONS, gated_activation_triton
+from hotgraph_server.kernels.norm import add_rms_norm_triton, rms_norm_triton
+from hotgraph_server.kernels.rope_kv import rope_and_write_kv_triton
+from hotgraph_server.models import decoder
+from tests.server.kernels import twin_checks
+from tests.server.models import test_decoder
+from tests.server.models.driver import Driver, random_tokens, reference_logits
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter of Triton 3.6 cuts float32 off where it makes bfloat16 of it; GPUs round."""
+    cut_off = interpreter._convert_float
+
+    def convert(data: Any, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> Any:
+        if from_dtype == tl.float32 and to_dtype == tl.bfloat16:
+            return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
+        return cut_off(data, from_dtype, to_dtype, rounding_mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.mark.parametrize("dtype", twin_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("size", twin_checks.HIDDEN_SIZES)
+def test_norm(size: int, dtype: torch.dtype) -> None:
+    """Norm, and sum and norm, for sizes that are no power of two and dtypes of 16 and 32 bits."""
+    twin_checks.check_rms_norm(size, dtype, CPU, num_tokens=3, seed=size)
+    twin_checks.check_add_rms_norm(size, dtype, CPU, num_tokens=3, seed=size + 1)
+
+
+@pytest.mark.parametrize("dtype", twin_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # to infinity, whose inverse is the right 0
+def test_activation(activation: str, dtype: torch.dtype) -> None:
+    """Every activation, for rows of less than a block and of more than one."""
+    twin_checks.check_gated_activation(activation, 80, dtype, CPU, num_tokens=3, seed=1)
+    twin_checks.check_gated_activation(activation, 5000, dtype, CPU, num_tokens=2, seed=2)
+
+
+@pytest.mark.parametrize("dtype", twin_checks.DTYPES, ids=str)
+@pytest.mark.parametrize("heads", twin_checks.HEADS.values(), ids=twin_checks.HEADS)
+def test_rope_and_write_kv(heads: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    """Heads of every kind and size."""
+    twin_checks.check_rope_and_write_kv(heads, dtype, CPU, num_tokens=3, seed=3)
+
+
+@pytest.mark.parametrize("has_slot_lens", [False, True], ids=["starts given", "starts from slots"])
+def test_prepare_step(has_slot_lens: bool) -> None:
+    """Rows and tokens of every kind."""
+    for seed in range(6):
+        twin_checks.check_prepare_step(CPU, has_slot_lens=has_slot_lens, seed=seed)
+
+
+def test_prepare_step_of_many_rows() -> None:
+    """More rows than the kernel looks at at once, and block tables longer than it copies at once."""
+    twin_checks.check_prepare_step(CPU, has_slot_lens=True, seed=6, min_rows=130, max_rows=148, max_blocks=1500)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3 with longrope and a window"])
+def test_a_decoder_made_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives the logits of transformers: what it hands the kernels is laid out as they take it."""
+    monkeypatch.setattr(decoder, "rms_norm", rms_norm_triton)
+    monkeypatch.setattr(decoder, "add_rms_norm", add_rms_norm_triton)
+    monkeypatch.setattr(decoder, "rope_and_write_kv", rope_and_write_kv_triton)
+    monkeypatch.setattr(decoder, "gated_activation", gated_activation_triton)
+    reference = test_decoder.reference(name)
+    model = test_decoder.decoder(reference, dtype=torch.float16)  # whose products are laid out as on a GPU
+    texts = {key: random_tokens(6, model.vocabulary_size, seed) for seed, key in enumerate("ab")}
+    arena = test_decoder.arena_on_cpu(model, name)
+    driver = Driver(model, num_padding_tokens=1, num_padding_rows=1, arena=arena)
+    position = dict.fromkeys(texts, 0)
+    for step in ({"a": 3}, {"a": 1, "b": 2}, {"a": 1, "b": 1}):
+        chunks = {key: texts[key][position[key] : position[key] + count] for key, count in step.items()}
+        for key, logits in driver.step(chunks).items():
+            position[key] += step[key]
+            expected = reference_logits(reference, texts[key][: position[key]])[-1]
+            assert (logits - expected).norm() < 2e-2 * expected.norm()
