@@ -67,6 +67,7 @@ async def measure(arguments: argparse.Namespace, report: Report, loaded: Loaded)
     settings = make_settings(loaded, num_slots=max(8, arguments.streams), kv_tokens=arguments.streams * longest)
     source = random.Random(arguments.seed)
     async with serving(loaded, settings, run_ahead=run_ahead_of(arguments)) as service:
+        await service.settle()
         report.results["misses"] = await _misses(service, arguments, report, source)
         service.evict_all()
         report.results["phases"] = await _phases(service, arguments, report, source)
@@ -231,6 +232,7 @@ async def _misses(
             eager, missed, hit, ready_after = [], [], [], []
             num_wrong = 0
             for index in range(arguments.miss_rounds):
+                await service.settle()
                 service.evict_all()  # a larger graph would stand in
                 await asyncio.sleep(arguments.gap_ms / 1e3)
                 alone = await service.complete(

@@ -169,9 +169,11 @@ class Service:
         return self.engine.bucket(num_rows, num_rows, sampler)
 
     def evict_all(self) -> int:
-        """Throws every ready graph out; returns how many."""
+        """Throws every ready graph out, pinned or not; returns how many. To be called when no capture is pending."""
         ready = self.engine.graphs.list([GraphState.READY])
         for info in ready:
+            if info.pin_expire_time is not None:
+                self.engine.graphs.unpin(info.name)
             self.engine.graphs.evict(info.name)
         return len(ready)
 

@@ -164,6 +164,8 @@ async def storm(arguments: argparse.Namespace, report: Report, loaded: Loaded) -
         injector = FailureInjector(
             service.engine.graphs.backend, random.Random(source.random()), rate=arguments.fail, can_break=is_cuda
         )
+        await service.settle()
+        service.evict_all()  # also those that the engine would keep for good
         graph_bytes = await _size_of_graphs(service)
         limit_bytes = max(1, arguments.budget_graphs * graph_bytes)
         service.engine.graphs.update_budget(limit_bytes=limit_bytes)
