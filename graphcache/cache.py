@@ -1,7 +1,7 @@
 """The cache as its users see it. What it knows is in `core` and `store`; what its thread does is in `task`.
 
-Four methods are for the serving thread and take no lock: `lookup`, `acquire`, `record_hit`, `record_miss`. The others
-are for everyone else, from any thread, and take the cache's lock for a short while.
+For the serving side, and without a lock, are `lookup`, `acquire`, `record_hit`, `record_miss`, `step_launched` and
+`step_finished`. The others are for everyone else, from any thread, and take the cache's lock for a short while.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GraphCache(Generic[K]):
         signal = Signal()
         self._core: CacheCore[K] = CacheCore(settings, policy or make_policy(settings.policy), clock, wake=signal.set)
         self._store = self._core.store
-        checkpoint = self._core.governor.wait_while_paused if thread else _go_on
+        checkpoint = self._core.checkpoint if thread else _go_on
         capturer: Capturer[K] = Capturer(program, backend, clock, checkpoint=checkpoint)
         self._task: CaptureTask[K] = CaptureTask(self._core, capturer, signal, shut_seconds=SHUT_SECONDS)
         self._worker = Worker(self._task, signal, is_threaded=thread)
@@ -66,6 +66,7 @@ class GraphCache(Generic[K]):
         self._misses = self._core.misses
         self._wake = signal.set
         self._monotonic = clock.monotonic
+        self._pulse = self._core.pulse
 
     def __repr__(self) -> str:
         return f"GraphCache({self.backend.name}, {self._worker.state.value}, {self._store.ledger!r})"
@@ -97,19 +98,29 @@ class GraphCache(Generic[K]):
 
     def record_hit(self, graph: Graph[K], seconds: float) -> None:
         """A step of `seconds` replayed the graph."""
-        self._core.last_step_monotonic = now = self._monotonic()
-        graph.usage.record_hit(seconds, now)
+        graph.usage.record_hit(seconds, self._pulse.recorded())
 
     def record_miss(self, key: K, seconds: float | None = None) -> None:
         """A step of this key ran without its graph: eagerly, in `seconds`, or None where a larger graph stood in.
 
         Asks for a capture, unless there is a reason against it.
         """
-        self._core.last_step_monotonic = now = self._monotonic()
+        now = self._pulse.recorded()
         self._misses.append((key, seconds, now))
         entry = self._entries.get(key)
         if entry is None or entry.wants_capture(now):
             self._wake()
+
+    def step_launched(self) -> None:
+        """A step begins, whatever it runs with. Told of this and of `step_finished`, captures take turns with steps.
+
+        One thread launches and one, maybe another, finishes. Without either, captures go by the records, less exactly.
+        """
+        self._pulse.launched()
+
+    def step_finished(self) -> None:
+        """A step is over, or was given up."""
+        self._pulse.finished()
 
     # Wishes.
 

@@ -12,11 +12,12 @@ from typing import Generic, TypeVar
 from graphcache.clock import Clock
 from graphcache.entry import Entry
 from graphcache.events import EventLog
-from graphcache.governor import IDLE_SECONDS, Governor
+from graphcache.governor import Governor
 from graphcache.graph import GraphState, Priority
 from graphcache.pending import PendingQueue
 from graphcache.policy import EvictionPolicy
 from graphcache.profile import Profile
+from graphcache.pulse import Pulse
 from graphcache.settings import CacheSettings
 from graphcache.store import GraphStore
 
@@ -31,7 +32,7 @@ NEW_SAMPLE_WEIGHT = 0.25  # of the newest capture in the running mean
 
 
 class CacheCore(Generic[K]):
-    """The shared state. The serving thread touches only `store.published`, `misses` and `last_step_monotonic`: no lock."""
+    """The shared state. The serving thread touches only `store.published`, `misses` and `pulse`: no lock."""
 
     def __init__(
         self, settings: CacheSettings, policy: EvictionPolicy, clock: Clock, *, wake: Callable[[], None]
@@ -47,7 +48,7 @@ class CacheCore(Generic[K]):
         self.pending: PendingQueue[K] = PendingQueue(settings.max_pending)
         self.governor = Governor(clock, settings.stall_budget_seconds)
         self.misses: deque[tuple[K, float | None, float]] = deque(maxlen=MAX_INBOX_MISSES)  # key, seconds, when
-        self.last_step_monotonic: float | None = None
+        self.pulse = Pulse(clock)
         self.is_closed = False  # nothing is queued any more
         self.capture_seconds = FIRST_CAPTURE_SECONDS  # running mean of whole captures
 
@@ -62,9 +63,16 @@ class CacheCore(Generic[K]):
 
     @property
     def is_serving(self) -> bool:
-        """Whether a step was recorded just now."""
-        last = self.last_step_monotonic
-        return last is not None and self.clock.monotonic() - last < IDLE_SECONDS
+        """Whether captures hold somebody up."""
+        return self.pulse.is_serving
+
+    def checkpoint(self) -> None:
+        """Returns when a capture may go on: not while captures are paused, and not before those who are served had a step."""
+        governor = self.governor
+        governor.wait_while_paused()
+        started = self.clock.monotonic()
+        self.pulse.wait_for_end()
+        governor.waited_seconds += self.clock.monotonic() - started
 
     def take_misses(self) -> None:
         """Counts the misses that came in and queues what they ask for."""
@@ -87,9 +95,10 @@ class CacheCore(Generic[K]):
         if self.is_closed or not self._shall_queue(entry, priority) or not self.pending.has_room(priority):
             return False
         left = self.pending.push(entry.key, priority)
+        # First the newcomer's state: what leaves may push something out of what is remembered, which a wish never is.
+        self.store.plan(entry)
         if left is not None:
             self.store.unplan(self.store.entries[left], "pushed out of the queue")
-        self.store.plan(entry)
         self.wake()
         return True
 

@@ -8,7 +8,6 @@ import threading
 from graphcache.clock import Clock
 
 BURST_SECONDS = 2.0  # of serving whose unused allowance is kept
-IDLE_SECONDS = 0.25  # without a recorded step: nobody is being served, and nobody is held up
 TOLERANCE_SECONDS = 1e-9
 
 
@@ -25,7 +24,9 @@ class Governor:
         self._rate = stall_budget_seconds  # seconds of interference per second of serving
         self._tokens_seconds = self._capacity_seconds
         self._filled_monotonic = clock.monotonic()
-        self.waited_seconds = 0.0  # that captures under way stood still for a pause; written by the capture thread
+        self.waited_seconds = (
+            0.0  # that captures under way stood still, for a pause or for a step; written by the capture thread
+        )
         self._running = threading.Event()
         self._running.set()
 

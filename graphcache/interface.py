@@ -69,8 +69,9 @@ class Backend(Protocol):
     def start(self, checkpoint: Callable[[], None]) -> None:
         """Before the first capture: make streams, warm libraries on this thread. Raises CaptureError; tried again later.
 
-        Between the phases of a capture the backend may call `checkpoint()`, which returns when the capture may go on:
-        it waits while captures are paused.
+        Between the phases of a capture, and between parts of what it runs, the backend may call `checkpoint()`, which returns
+        when the capture may go on: it waits while captures are paused, and while others are served until a step of theirs
+        ended.
         """
         ...
 
@@ -85,6 +86,21 @@ class Backend(Protocol):
         """Runs `work` once, for real, apart from what is served, and returns when it is over. For a program's `bind`.
 
         It must not touch what is being served. Raises CaptureError, or DeviceLostError.
+        """
+        ...
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """Runs `work` once, like `warm_up`, but as it would be captured: records each part of it and replays that at once.
+
+        For a program's `verify` while others are served: parts take turns with their steps, where a whole replay would hold
+        them up. Raises CaptureError, or DeviceLostError.
+        """
+        ...
+
+    def give_way(self) -> None:
+        """For `work` to call between its parts: what is run apart from what is served goes on when that had its turn.
+
+        In `warm_up` and `rehearse` all parts so far are over when it returns; in `capture` it does nothing.
         """
         ...
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, NoReturn
@@ -125,8 +126,9 @@ class CudaBackend:
         self._torch: Torch = torch_device if torch_device is not None else TorchDevice(device)
         self._thread: int | None = None  # the capture thread's, from start to close
         self._capture_stream: int | None = None  # None: it could not be brought back after a failure, and is made anew
-        self._warm_up_stream: int | None = None
+        self._warm_up_stream: int | None = None  # likewise
         self._checkpoint: Callable[[], None] = lambda: None
+        self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
         self._spares: list[Executable] = []  # newest last
         self._sizes = ExecutableSizes()
         self._num_updates = 0
@@ -158,7 +160,7 @@ class CudaBackend:
         self._checkpoint = checkpoint
         try:
             self._torch.open()
-            self._warm_up_stream = self._runtime.take_stream()
+            self._ensure_warm_up_stream()
             self._ensure_capture_stream()
         except Exception as error:
             try:
@@ -181,6 +183,11 @@ class CudaBackend:
         self._torch.close()
         self._spares = []
         self._capture_stream = self._warm_up_stream = self._thread = None
+
+    def _ensure_warm_up_stream(self) -> int:
+        if self._warm_up_stream is None:
+            self._warm_up_stream = self._runtime.take_stream()
+        return self._warm_up_stream
 
     def _ensure_capture_stream(self) -> int:
         """The capture stream, made and warmed if need be: eager work runs on it here and nowhere else."""
@@ -206,13 +213,68 @@ class CudaBackend:
         What `work` reads must be complete on the device: this stream is behind no other.
         """
         self._check_thread()
-        assert self._warm_up_stream is not None
         try:
-            with self._torch.on_stream(self._warm_up_stream):
+            stream = self._ensure_warm_up_stream()
+
+            def end_part() -> None:
+                self._runtime.synchronize_stream(stream)
+                self._checkpoint()
+
+            with self._torch.on_stream(stream), self._parted(end_part):
                 work()
-            self._runtime.synchronize_stream(self._warm_up_stream)
+            self._runtime.synchronize_stream(stream)
         except Exception as error:
             self._fail("warming up", error)
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        """See Backend. On the warm-up stream, with its workspaces and memory of a pool of its own: it runs beside graphs."""
+        self._check_thread()
+        try:
+            stream = self._ensure_warm_up_stream()
+
+            def end_part() -> None:
+                self._replay_part(stream)
+                self._checkpoint()
+                self._runtime.begin_capture(stream)
+
+            with self._torch.recording(stream, is_rehearsal=True), self._parted(end_part):
+                try:
+                    self._runtime.begin_capture(stream)
+                    work()
+                    self._replay_part(stream)
+                except BaseException:
+                    self._abandon_capture(stream)
+                    raise
+        except Exception as error:
+            self._fail("rehearsing", error)
+
+    def give_way(self) -> None:
+        """See Backend."""
+        if self._end_part is not None:
+            self._end_part()
+
+    @contextmanager
+    def _parted(self, end_part: Callable[[], None]) -> Iterator[None]:
+        self._end_part = end_part
+        try:
+            yield
+        finally:
+            self._end_part = None
+
+    def _replay_part(self, stream: int) -> None:
+        """Ends the recording of a part, runs it, and waits for it."""
+        graph = self._runtime.end_capture(stream)
+        try:
+            if self._runtime.shape(graph)[0] == 0:
+                return
+            executable = self._runtime.instantiate(graph)
+            try:
+                self._runtime.launcher(executable, lambda: stream)()
+                self._runtime.synchronize_stream(stream)
+            finally:
+                self._runtime.destroy_executable(executable)
+        finally:
+            self._runtime.destroy_graph(graph)
 
     def capture(self, name: str, work: Callable[[], None]) -> CudaCaptured:
         """See Backend. Checkpoints lie between recording, instantiating and uploading; their time is not counted."""
@@ -280,8 +342,11 @@ class CudaBackend:
         except CudaCallError:
             is_capturing = True
         if is_capturing:
-            log.warning("the capture stream cannot be used any more; the next capture makes another")
-            self._capture_stream = None
+            log.warning("a stream cannot be used any more, as its capture does not end; the next capture makes another")
+            if stream == self._capture_stream:
+                self._capture_stream = None
+            else:
+                self._warm_up_stream = None
 
     def _launchable(self, graph: int) -> tuple[Executable, float, bool]:
         """An executable of `graph`, uploaded; the seconds that took; and whether it is a spare, updated."""

@@ -22,23 +22,23 @@ class Torch(Protocol):
     """What the backend asks of torch: the seam that tests put a fake behind. All of it is called on the capture thread."""
 
     def open(self) -> None:
-        """Makes the device current on this thread and the pool. Raises RuntimeError where there is no such device."""
+        """Makes the device current on this thread, and the pools. Raises RuntimeError where there is no such device."""
         ...
 
     def close(self) -> None:
-        """Lets go of the pool. Only once no graph that was recorded in it is launched any more."""
+        """Lets go of the pools. Only once no graph that was recorded in it is launched any more."""
         ...
 
     def keep_pool(self) -> None:
-        """Never gives the pool's memory back, not even at the end: on a lost device the attempt would end the process."""
+        """Never gives the pools' memory back, not even at the end: on a lost device the attempt would end the process."""
         ...
 
     def on_stream(self, stream: int) -> AbstractContextManager[None]:
         """Work goes to this stream, without gradients, with memory as usual."""
         ...
 
-    def recording(self, stream: int) -> AbstractContextManager[None]:
-        """The same, with this thread's memory from the pool."""
+    def recording(self, stream: int, *, is_rehearsal: bool = False) -> AbstractContextManager[None]:
+        """The same, with this thread's memory from the pool; that of a rehearsal from another, since graphs run meanwhile."""
         ...
 
     def warm_libraries(self) -> None:
@@ -71,6 +71,7 @@ class TorchDevice:
         self._device = device
         self._index = 0
         self._pool: torch.cuda.MemPool | None = None
+        self._rehearsal_pool: torch.cuda.MemPool | None = None
 
     def open(self) -> None:
         if torch.cuda.get_allocator_backend() != "native":
@@ -82,14 +83,16 @@ class TorchDevice:
         torch.cuda.set_device(self._index)
         # Kept to the end: a pool whose last reference goes returns its memory, which the graphs still point at.
         self._pool = torch.cuda.MemPool()
+        self._rehearsal_pool = torch.cuda.MemPool()
 
     def close(self) -> None:
-        self._pool = None
+        self._pool = self._rehearsal_pool = None
 
     def keep_pool(self) -> None:
-        if self._pool is not None:
-            # One reference more than anybody will let go of: its destructor frees memory, and may not fail.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pool))
+        for pool in (self._pool, self._rehearsal_pool):
+            if pool is not None:
+                # One reference more than anybody will let go of: its destructor frees memory, and may not fail.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
     @contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
@@ -98,9 +101,10 @@ class TorchDevice:
             yield
 
     @contextmanager
-    def recording(self, stream: int) -> Iterator[None]:
-        assert self._pool is not None, "the device is not open"
-        with self.on_stream(stream), torch.cuda.use_mem_pool(self._pool, self._index):
+    def recording(self, stream: int, *, is_rehearsal: bool = False) -> Iterator[None]:
+        pool = self._rehearsal_pool if is_rehearsal else self._pool
+        assert pool is not None, "the device is not open"
+        with self.on_stream(stream), torch.cuda.use_mem_pool(pool, self._index):
             yield
 
     def warm_libraries(self) -> None:

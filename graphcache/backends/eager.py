@@ -45,5 +45,11 @@ class EagerBackend:
     def warm_up(self, work: Callable[[], None]) -> None:
         work()
 
+    def rehearse(self, work: Callable[[], None]) -> None:
+        work()
+
+    def give_way(self) -> None:
+        """Nothing to wait for."""
+
     def close(self) -> None:
         """Nothing to give back."""

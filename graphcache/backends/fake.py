@@ -73,6 +73,8 @@ class FakeBackend:
         self.num_starts = 0
         self.num_closes = 0
         self.num_warm_ups = 0
+        self.num_rehearsals = 0
+        self.num_turns = 0
         self.num_captures: Counter[str] = Counter()
         self.num_destroys: Counter[str] = Counter()
         self.num_replays: Counter[str] = Counter()
@@ -103,6 +105,14 @@ class FakeBackend:
         self._check_thread()
         self.num_warm_ups += 1
         work()
+
+    def rehearse(self, work: Callable[[], None]) -> None:
+        self._check_thread()
+        self.num_rehearsals += 1
+        work()
+
+    def give_way(self) -> None:
+        self.num_turns += 1
 
     def close(self) -> None:
         self._check_thread()

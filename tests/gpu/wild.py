@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hotgraph_server.kernels.jit import jit, tl
@@ -20,8 +22,14 @@ def sabotage() -> None:
     """From now on decoders of this process do it, eagerly, to a prompt of `FATAL_PROMPT` tokens that comes alone."""
     forward = Decoder.forward
 
-    def sabotaged(self: Decoder, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
-        logits = forward(self, step, kv, arena)
+    def sabotaged(
+        self: Decoder,
+        step: StepTensors,
+        kv: KvTensors,
+        arena: Arena | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        logits = forward(self, step, kv, arena, give_way)
         if FATAL_PROMPT in step.query_lens:
             _wild[(1,)](logits)
         return logits

@@ -64,10 +64,22 @@ def test_a_full_queue_drops_the_least_wanted(make_cache: MakeCache) -> None:
     assert cache.request("c").state is GraphState.EVICTED
     assert cache.request("d", Priority.OPERATOR).state is GraphState.QUEUED
     assert cache.get("b").state is GraphState.EVICTED
-    assert cache.events()[-2].detail == "pushed out of the queue"
+    assert cache.events()[-1].detail == "pushed out of the queue"
     assert cache.stats().num_pending == 2
     cache.run_pending()
     capture(cache, "b", "c")
+
+
+def test_a_newcomer_is_not_forgotten_for_what_it_pushes_out(make_cache: MakeCache) -> None:
+    """With memory and queue full, a wish that takes another's place is known, queued, and captured."""
+    cache = make_cache(max_pending=2, max_remembered=2)
+    for index in range(20):
+        cache.request(f"filler {index}")
+        cache.request(f"wish {index}", Priority(index % 4))
+        assert cache.stats().num_pending <= 2
+    cache.request("last", Priority.OPERATOR)
+    cache.run_pending()
+    assert cache.get("last").state is GraphState.READY
 
 
 def test_a_step_served_by_a_larger_graph_wishes_for_its_own(cache: GraphCache[str]) -> None:

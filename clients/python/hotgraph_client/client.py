@@ -15,7 +15,7 @@ from hotgraph_client.base import BaseClient
 from hotgraph_client.requests import GenerationSpec
 from hotgraph_client.resume import Attempt
 from hotgraph_client.status import error_from_call
-from hotgraph_client.sync_stream import EventStream, GenerateCall, Generation
+from hotgraph_client.sync_stream import READ_BY_THE_READER, EventStream, GenerateCall, Generation
 
 MessageT = TypeVar("MessageT", bound=ProtobufMessage)
 T = TypeVar("T")
@@ -34,10 +34,11 @@ class Client(BaseClient):
             self._check_open()
             if self._channel is None:
                 credentials = self._config.credentials()
+                options = [*self._config.options(), READ_BY_THE_READER]
                 self._channel = (
-                    grpc.insecure_channel(self._config.target, self._config.options())
+                    grpc.insecure_channel(self._config.target, options)
                     if credentials is None
-                    else grpc.secure_channel(self._config.target, credentials, self._config.options())
+                    else grpc.secure_channel(self._config.target, credentials, options)
                 )
             return self._channel
 

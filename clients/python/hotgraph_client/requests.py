@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -46,6 +47,11 @@ def optional_duration(seconds: float | None) -> Duration | None:
     return None if seconds is None else duration(seconds)
 
 
+def are_ints(values: Iterable[object]) -> bool:
+    """Whether there are some, all of them plain ints."""
+    return set(map(type, values)) == {int}
+
+
 class FieldChecker:
     """Turns values into what a field can hold and remembers every one that does not fit. Wrong types are TypeErrors."""
 
@@ -71,7 +77,10 @@ class FieldChecker:
         return None if value is None else self.unsigned(field, value, num_bits)
 
     def unsigned_list(self, field: str, values: Iterable[int]) -> list[int]:
-        return [self.unsigned(f"{field}[{i}]", value) for i, value in enumerate(values)]
+        numbers = list(values)
+        if not numbers or (are_ints(numbers) and min(numbers) >= 0 and max(numbers) < 1 << 32):
+            return numbers  # a prompt has thousands: naming each costs more than the call
+        return [self.unsigned(f"{field}[{i}]", number) for i, number in enumerate(numbers)]
 
     def text(self, field: str, value: str) -> str:
         try:
@@ -210,9 +219,11 @@ def _turn(turn: MessageLike | str | int, check: FieldChecker, field: str) -> gen
     return generation_pb2.ChatMessage(role=number, content=check.text(f"{field}.content", content))
 
 
-def _token_ids(prompt: Prompt) -> list[int]:
+def _token_ids(prompt: Prompt) -> Iterable[int]:
     if isinstance(prompt, bytes):
         raise TypeError("a prompt of bytes is ambiguous: decode it to text, or give a list of token ids")
+    if are_ints(prompt):
+        return cast(Sequence[int], prompt)
     ids: list[int] = []
     for item in prompt:
         if isinstance(item, str | Message | tuple | Mapping):

@@ -5,6 +5,7 @@ A stream has one reader; `cancel` may be called from any thread.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -33,12 +34,25 @@ class SyncCall(Protocol[MessageT_co]):
     def cancel(self) -> Any: ...
 
 
+# gRPC's default hands every event of a stream from a thread of its own to the reader, and starts that thread anew for a lone
+# stream. With this the reader waits for them itself.
+READ_BY_THE_READER = ("SingleThreadedUnaryStream", 1)  # grpc.experimental.ChannelOptions
+
+
 class _Connection(Generic[MessageT]):
-    """One call of a stream, ended for good when this object goes."""
+    """One call of a stream, ended for good when this object goes.
+
+    With READ_BY_THE_READER gRPC frees a call only once all its events were taken, of which its own iteration leaves some
+    when the call is cancelled. They are taken here, by the reader or, when there is none, by who cancels.
+    """
 
     def __init__(self, call: SyncCall[MessageT]) -> None:
         self._call = call
         self._is_idle = False
+        self._lock = threading.Lock()  # over the three below
+        self._is_read = False  # by some thread, right now
+        self._is_ended = False
+        self._is_taken = False  # all there was, or all there will be
 
     def read(self, idle_seconds: float | None = None) -> MessageT | None:
         """The next message; None when the stream ended with OK. Raises HotgraphError for any other status."""
@@ -46,29 +60,57 @@ class _Connection(Generic[MessageT]):
         if timer is not None:
             timer.daemon = True
             timer.start()
+        self._is_read = True
         try:
             message: MessageT = next(self._call)
         except StopIteration:
+            self._is_ended = True
             return None
         except grpc.RpcError as error:
+            self._is_ended = True
             if self._is_idle:
                 raise StreamLostError(f"no event for {idle_seconds} seconds") from None
             raise error_from_call(error) from None
+        except BaseException:
+            self._is_taken = True  # an interrupt: gRPC has let go of the call already
+            raise
         finally:
+            with self._lock:
+                self._is_read = False
+            if self._is_ended:
+                self._take_the_rest()
             if timer is not None:
                 timer.cancel()
         return message
 
     def _end_idle(self) -> None:
         self._is_idle = True
-        self._call.cancel()
+        self.cancel()
 
     def cancel(self) -> None:
         """From any thread, at any time; nothing happens to a call that has ended."""
         self._call.cancel()
+        self._is_ended = True
+        self._take_the_rest()
+
+    def _take_the_rest(self) -> None:
+        """Of an ended call. While a reader is inside it is left to him: he is on his way out."""
+        with self._lock:
+            if self._is_read or self._is_taken or sys.is_finalizing():
+                return
+            self._is_taken = True
+        _take_events(self._call)
 
     def __del__(self) -> None:
-        self._call.cancel()
+        self.cancel()
+
+
+def _take_events(call: Any) -> None:
+    """Takes the events of an ended call that were not taken. There is no public way, and calls of other kinds need none."""
+    take = getattr(call, "_consume_next_event", None)
+    state = getattr(call, "_state", None)
+    while take is not None and state is not None and state.due:
+        take()
 
 
 class EventStream(Generic[T]):

@@ -209,7 +209,8 @@ class TorchEngine:
             shadow,
             self._thread,
             probe=probe,
-            warm_up=self._backend.warm_up,
+            backend=self._backend,
+            is_idle=lambda: self._num_outstanding == 0,
             is_padded=self._is_padded,
         )
         cache: GraphCache[StepKey] = GraphCache(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from graphcache import CaptureError
+from graphcache import Backend, CaptureError
 from hotgraph_server.batch import Sampler, StepKey
 from hotgraph_server.engine.buffers import ALL_WORK, RunLostError, StepResults
 from hotgraph_server.engine.kv_cache import KvCache
@@ -22,15 +22,18 @@ TOLERANCE = 1e-2
 """Of a probe's largest logits and log-probabilities, absolute and relative: the same kernels in the same order give the same
 numbers, so this only forgives a library that chooses another algorithm for another stream."""
 
-WarmUp = Callable[[Callable[[], None]], None]
+MAX_TURNS = 16
+SMALL_TOKENS = 64
+"""A probe beside others takes turns with their steps: so many for a shape of up to so many tokens, else one a layer. A layer of
+few tokens reads its weights and does little else, so that one of MAX_TURNS parts is a few hundredths of a full step."""
 
 
 class StepProgram:
     """prepare, forward, sample over a state's current content.
 
     `is_padded`: a bound function computes its key's whole shape, and all that sampling can do. Else it computes the shape
-    and the work of the step that the buffers hold. `shadow`: a second state, for probes on the capture thread, which `warm_up`
-    runs apart from what is served; None where nothing is verified.
+    and the work of the step that the buffers hold. `shadow`: a second state, for probes on the capture thread, which `backend`
+    runs apart from what is served; None where nothing is verified. `is_idle`: whether no step is outstanding.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class StepProgram:
         thread: ForwardThread,
         *,
         probe: ProbeLayout | None,
-        warm_up: WarmUp,
+        backend: Backend,
+        is_idle: Callable[[], bool],
         is_padded: bool,
     ) -> None:
         self._model = model
@@ -51,12 +55,22 @@ class StepProgram:
         self._shadow = shadow
         self._thread = thread
         self._probe = probe
-        self._warm_up = warm_up
+        self._backend = backend
+        self._is_idle = is_idle
         self._is_padded = is_padded
         self._expected: dict[StepKey, StepResults] = {}
 
-    def run(self, state: StepState, tokens: int, rows: int, sampler: Sampler, *, is_fixed: bool = False) -> None:
-        """One step of this shape. `is_fixed`: nothing of the step at hand shapes the work."""
+    def run(
+        self,
+        state: StepState,
+        tokens: int,
+        rows: int,
+        sampler: Sampler,
+        *,
+        is_fixed: bool = False,
+        give_way: Callable[[], None] | None = None,
+    ) -> None:
+        """One step of this shape. `is_fixed`: nothing of the step at hand shapes the work. `give_way`: see Model.forward."""
         buffers, slots = state.buffers, state.slots
         prepare_step(
             given_ids=buffers.given_ids[:tokens],
@@ -75,7 +89,8 @@ class StepProgram:
             query_starts=buffers.query_starts[: rows + 1],
             last_indices=buffers.last_indices[:rows],
         )
-        logits = self._model.forward(buffers.step_tensors(tokens, rows), self._kv_cache.tensors, state.arena)
+        step = buffers.step_tensors(tokens, rows)
+        logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
         sample_step(logits, buffers, slots, sampler, ALL_WORK if is_fixed else buffers.step.work)
 
     def bind(self, key: StepKey) -> Callable[[], None]:
@@ -85,7 +100,7 @@ class StepProgram:
                 self._live, self._live.buffers.step.num_tokens, self._live.buffers.step.num_rows, key.sampler
             )
         if self._shadow is not None and key not in self._expected:
-            self._expected[key] = self._probe_shadow(key, self._shadow)
+            self._expected[key] = self._probe_shadow(key, self._shadow, self._backend.warm_up)
 
         def work() -> None:
             with torch.inference_mode():  # a mode of the thread
@@ -94,31 +109,57 @@ class StepProgram:
         return work
 
     def verify(self, key: StepKey, replay: Callable[[], None]) -> bool:
-        """Whether a replay gives what the shadow gave eagerly, on a probe step that comes between two served ones."""
+        """Whether a probe step gives what the shadow gave eagerly.
+
+        While nothing is served it is a replay of the graph itself. That would hold a step up by another one's length, so
+        while others are served the shadow runs what was recorded, recorded once more, in parts that take turns with theirs.
+        """
         expected = self._expected[key]
         try:
-            found = self._thread.call(lambda: self._probe_live(key, replay))
+            if self._is_idle():
+                found = self._thread.call(lambda: self._probe_live(key, replay))
+            else:
+                assert self._shadow is not None
+                found = self._probe_shadow(key, self._shadow, self._backend.rehearse)
         except RunLostError:
             return False
         except (RuntimeError, EngineFailedError) as error:
             raise CaptureError("the verification could not run") from error
         return found.token_ids == expected.token_ids and _are_close(found, expected)
 
-    def _probe_shadow(self, key: StepKey, shadow: StepState) -> StepResults:
-        """Eagerly, on the capture thread."""
+    def _probe_shadow(
+        self, key: StepKey, shadow: StepState, run_apart: Callable[[Callable[[], None]], None]
+    ) -> StepResults:
+        """On the capture thread. `run_apart`: the backend's warm_up or rehearse."""
         assert self._probe is not None
         batch = self._probe.batch(key, shadow.slots.probe_slot)
-        number = -1
+        give_way = self._turns(key)
 
-        def work() -> None:
-            nonlocal number
+        def fill() -> None:
             with torch.inference_mode():
                 shadow.fill(batch, key.tokens, key.rows, probe_blocks=self._kv_cache.probe_blocks)
-                self.run(shadow, key.tokens, key.rows, key.sampler, is_fixed=True)
-                number = shadow.buffers.note_run()
+                shadow.buffers.counter.fill_(shadow.buffers.num_runs)  # the run before may have failed half way
 
-        self._warm_up(work)
-        return shadow.buffers.results(number, key.rows)
+        def work() -> None:
+            with torch.inference_mode():
+                self.run(shadow, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=give_way)
+
+        self._backend.warm_up(fill)
+        run_apart(work)
+        return shadow.buffers.results(shadow.buffers.note_run(), key.rows)
+
+    def _turns(self, key: StepKey) -> Callable[[], None]:
+        """What a model calls after each layer: gives way after as many of them as make a part."""
+        size = 1 if key.tokens > SMALL_TOKENS else -(-len(self._model.kv_layout) // MAX_TURNS)
+        num_layers = 0
+
+        def give_way() -> None:
+            nonlocal num_layers
+            num_layers += 1
+            if num_layers % size == 0:
+                self._backend.give_way()
+
+        return give_way
 
     def _probe_live(self, key: StepKey, replay: Callable[[], None]) -> Deferred[StepResults]:
         """On the forward thread, which does not wait for it."""

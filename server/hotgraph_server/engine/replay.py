@@ -34,7 +34,8 @@ class GraphChooser:
         self._is_padded = is_padded
 
     def choose(self, batch: Batch) -> Choice:
-        """Takes hold of a graph for the batch, when one is ready. Call `finish` once the step is done."""
+        """Takes hold of a graph for the batch, when one is ready. Call `finish` once the step is done, or `abandon`."""
+        self._cache.step_launched()
         num_tokens, num_rows = batch.num_tokens, len(batch.rows)
         key = None if batch.is_eager else self._buckets.key(num_tokens, num_rows, batch.sampler)
         if key is None:
@@ -51,6 +52,7 @@ class GraphChooser:
     def finish(self, batch: Batch, choice: Choice, seconds: float) -> StepReceipt:
         """Lets go of the graph, counts the hit or miss, and writes the receipt. `seconds`: what the step took."""
         graph = choice.graph
+        self._cache.step_finished()
         if graph is not None:
             graph.release()
             self._cache.record_hit(graph, seconds)
@@ -71,5 +73,6 @@ class GraphChooser:
 
     def abandon(self, choice: Choice) -> None:
         """Lets go of the graph of a step that failed."""
+        self._cache.step_finished()
         if choice.graph is not None:
             choice.graph.release()

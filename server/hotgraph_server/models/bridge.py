@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,7 +185,13 @@ class Bridge:
         """None: transformers makes its own tensors."""
 
     @torch.inference_mode()
-    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepTensors,
+        kv: KvTensors,
+        arena: Arena | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """See `Model.forward`. The result is an inference tensor."""
         if self.is_paged:
             return self._forward_paged(step, kv)

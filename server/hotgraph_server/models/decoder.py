@@ -7,7 +7,7 @@ The families differ from transformers' own code only in the order of float sums.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -121,7 +121,13 @@ class Decoder:
         return DecoderArena(self._shape, max_tokens=max_tokens, max_rows=max_rows, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepTensors,
+        kv: KvTensors,
+        arena: Arena | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """See `Model.forward`. Without an arena the result is an inference tensor."""
         assert arena is None or isinstance(arena, DecoderArena)
         shape = self._shape
@@ -160,6 +166,8 @@ class Decoder:
             gated = gated_activation(layer.gate_up(normed, at.gate_up), shape.activation, at.gated)
             update = layer.down(gated, at.update)
             normed = add_rms_norm(hidden, update, next_norm, shape.norm_epsilon, at.normed, scale=layer.down.scale)
+            if give_way is not None:
+                give_way()
         if arena is None:
             return self._head(normed).float().contiguous()
         product, logits = arena.logits(num_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,11 +96,18 @@ class Model(Protocol):
         """
         ...
 
-    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepTensors,
+        kv: KvTensors,
+        arena: Arena | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """Writes the step's keys and values into `kv`; returns the logits after each row's last token, float32 [R, vocabulary].
 
         No autograd, no random numbers, no host synchronisation on a CUDA device. With an arena (one of this model, or None)
         the intermediate results and the logits are views of it, valid until the next forward with that arena, and nothing that
-        the host knows of the step shapes the work: T = R then says that no row has more than one token.
+        the host knows of the step shapes the work: T = R then says that no row has more than one token. `give_way` is called
+        between parts of the work that take about as long, by models that have such parts.
         """
         ...

@@ -106,6 +106,19 @@ def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
     ]
 
 
+class _WithoutRegistration:
+    """The server as the generated code sees it, which adds each service twice: as a handler, and method by method.
+
+    Only the first is wanted: for each call the library walks over all methods that were added by the second.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """Nothing: the generic handler has them."""
+
+
 class RpcServer:
     """Listens, and serves what the lifecycle allows. Made on the event loop, which it keeps to."""
 
@@ -124,7 +137,7 @@ class RpcServer:
         self._add_services()
 
     def _add_services(self) -> None:
-        server = self._server
+        server: Any = _WithoutRegistration(self._server)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
         graph_service_pb2_grpc.add_GraphServiceServicer_to_server(self._graph, server)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)

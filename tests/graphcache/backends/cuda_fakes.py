@@ -187,15 +187,15 @@ class FakeTorch:
             self.runtime.current = before
 
     @contextmanager
-    def recording(self, stream: int) -> Iterator[None]:
-        self.calls.append("pool on")
-        self._is_recording = True
+    def recording(self, stream: int, *, is_rehearsal: bool = False) -> Iterator[None]:
+        self.calls.append("rehearsal pool on" if is_rehearsal else "pool on")
+        self._is_recording = not is_rehearsal
         try:
             with self.on_stream(stream):
                 yield
         finally:
             self._is_recording = False
-            self.calls.append("pool off")
+            self.calls.append("rehearsal pool off" if is_rehearsal else "pool off")
 
     def warm_libraries(self) -> None:
         assert self.runtime.streams[self.runtime.current].recorded is None, "libraries were warmed inside a capture"

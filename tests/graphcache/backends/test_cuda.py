@@ -367,6 +367,104 @@ def test_a_failed_start_leaves_nothing_and_can_be_tried_again() -> None:
     rig.check_clean()
 
 
+def test_a_warm_up_gives_way_between_its_parts(rig: Rig) -> None:
+    """A part is over on the device before others have their turn; elsewhere giving way does nothing."""
+
+    def work() -> None:
+        rig.work("a")()
+        rig.runtime.calls.append("a part")
+        rig.backend.give_way()
+        rig.work("b")()
+
+    rig.backend.warm_up(work)
+    stream = int(rig.runtime.calls[-1].split()[1])
+    assert rig.runtime.calls == ["a part", f"synchronize_stream {stream}", "checkpoint", f"synchronize_stream {stream}"]
+    assert rig.ran == ["a k", "b k"]
+    assert stream not in rig.torch.warm_streams
+    rig.runtime.calls.clear()
+    rig.backend.give_way()
+    assert rig.runtime.calls == []
+    rig.backend.capture("c", work).replay()
+    assert rig.runtime.calls.count("checkpoint") == 2  # those between its phases
+
+
+def test_a_rehearsal_replays_what_it_records_part_by_part(rig: Rig) -> None:
+    """Each part is recorded, made launchable, run and thrown away, apart from the graphs' stream and from their pool."""
+    seen: list[list[str]] = []
+
+    def work() -> None:
+        for name in ("a", "b"):
+            rig.work(name, "x", "y")()
+            rig.torch.allocate(100)
+            seen.append(list(rig.ran))
+            rig.backend.give_way()
+        rig.work("c")()
+
+    live = rig.capture("live")
+    pool_bytes = rig.torch.pool_bytes()
+    rig.runtime.calls.clear()
+    rig.backend.rehearse(work)
+    assert seen == [[], ["a x", "a y"]]
+    assert rig.ran == ["a x", "a y", "b x", "b y", "c k"]
+    begun = [call for call in rig.runtime.calls if call.startswith("begin_capture")]
+    assert len(begun) == 3
+    assert len(set(begun)) == 1
+    assert int(begun[0].split()[1]) not in rig.torch.warm_streams
+    assert rig.runtime.calls.count("checkpoint") == 2
+    assert (rig.runtime.calls[0], rig.runtime.calls[-1]) == ("rehearsal pool on", "rehearsal pool off")
+    assert rig.torch.pool_bytes() == pool_bytes
+    assert len(rig.runtime.executables) == 1
+    live.replay()
+    assert rig.ran[-1] == "live k"
+    rig.check_clean()
+
+
+def test_a_rehearsal_with_nothing_in_a_part_is_none_the_worse(rig: Rig) -> None:
+    """A part that puts nothing on the stream is passed over."""
+
+    def work() -> None:
+        rig.backend.give_way()
+        rig.work("a")()
+        rig.backend.give_way()
+
+    rig.backend.rehearse(work)
+    assert rig.ran == ["a k"]
+    rig.check_clean()
+
+
+def test_a_rehearsal_that_breaks_leaves_nothing(rig: Rig) -> None:
+    """Work that waits in any part, or raises, is a failed capture; the stream serves the next one, or is replaced."""
+
+    def work(breaks: Callable[[], None]) -> Callable[[], None]:
+        def broken() -> None:
+            rig.work("a")()
+            rig.backend.give_way()
+            breaks()
+
+        return broken
+
+    def raises() -> None:
+        raise ZeroDivisionError
+
+    for breaks in (rig.runtime.wait, raises):
+        with pytest.raises(CaptureError):
+            rig.backend.rehearse(work(breaks))
+        rig.check_clean()
+
+    def stick() -> None:
+        rig.runtime.streams[rig.runtime.current].is_stuck = True
+        raise ZeroDivisionError
+
+    num_streams = len(rig.runtime.streams)
+    with pytest.raises(CaptureError):
+        rig.backend.rehearse(work(stick))
+    rig.ran.clear()
+    rig.backend.rehearse(rig.work("b"))
+    assert rig.ran == ["b k"]
+    assert len(rig.runtime.streams) == num_streams + 1
+    rig.check_clean()
+
+
 def test_close_gives_everything_back(rig: Rig) -> None:
     """After close there is no executable, no stream of ours and no pool, whatever fails on the way."""
     for index in range(3):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +45,13 @@ class TinyModel:
     def arena(self, max_tokens: int, max_rows: int) -> None:
         """It allocates as it goes."""
 
-    def forward(self, step: StepTensors, kv: KvTensors, arena: Arena | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        step: StepTensors,
+        kv: KvTensors,
+        arena: Arena | None = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """See models.interface.Model."""
         if self.error is not None:
             raise self.error
@@ -69,6 +75,8 @@ class TinyModel:
                     query[begin : begin + query_len], keys[indices], values[indices]
                 )
             hidden = hidden + attended
+            if give_way is not None:
+                give_way()
         logits = hidden[step.last_indices] @ self.head
         if self.nan_token is not None:
             logits[step.token_ids[step.last_indices] == self.nan_token] = torch.nan

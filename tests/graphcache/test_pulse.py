@@ -1,0 +1,82 @@
+"""Tests of pulse.py: who is being served, and waiting for a step's end."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from graphcache import FakeClock, SystemClock
+from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, Pulse
+
+
+def test_a_step_under_way_is_served_for_as_long_as_it_takes() -> None:
+    """From launch to end, and for the short break in which the next one is launched."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    assert not pulse.is_serving
+    pulse.launched()
+    clock.advance(100.0)
+    assert pulse.is_serving
+    pulse.launched()
+    pulse.finished()
+    clock.advance(100.0)
+    assert pulse.is_serving  # the second
+    pulse.finished()
+    clock.advance(BREAK_SECONDS * 0.9)
+    assert pulse.is_serving
+    clock.advance(BREAK_SECONDS * 0.2)
+    assert not pulse.is_serving
+
+
+def test_records_alone_count_for_a_while() -> None:
+    """Who tells of records only is taken to serve until there was none for a quarter of a second."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    assert pulse.recorded() == clock.monotonic()
+    clock.advance(IDLE_SECONDS * 0.9)
+    assert pulse.is_serving
+    clock.advance(IDLE_SECONDS * 0.2)
+    assert not pulse.is_serving
+
+
+def test_records_say_nothing_beside_launches() -> None:
+    """A record comes at the end of a step that was told of already, and does not make it longer."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.launched()
+    pulse.finished()
+    clock.advance(BREAK_SECONDS * 2)
+    assert pulse.recorded() == clock.monotonic()
+    assert not pulse.is_serving
+
+
+def test_nobody_waits_while_nobody_is_served() -> None:
+    """Without a step under way the wait is over at once."""
+    pulse = Pulse(FakeClock())
+    pulse.wait_for_end()
+
+
+def test_a_wait_ends_with_the_next_step() -> None:
+    """Beside steps the wait goes on until one ends, however it is told, and no longer."""
+    for is_launched in (True, False):
+        pulse = Pulse(SystemClock())
+        if is_launched:
+            pulse.launched()
+        else:
+            pulse.recorded()
+        waits = threading.Thread(target=pulse.wait_for_end)
+        waits.start()
+        waits.join(0.02)
+        assert waits.is_alive()
+        pulse.finished() if is_launched else pulse.recorded()
+        waits.join(IDLE_SECONDS / 2)
+        assert not waits.is_alive()
+
+
+def test_a_long_step_is_not_waited_for_for_ever() -> None:
+    """A step that takes very long, or was never told to have ended, delays a capture and no more."""
+    pulse = Pulse(SystemClock())
+    pulse.launched()
+    begin = time.monotonic()
+    pulse.wait_for_end()
+    assert IDLE_SECONDS * 0.9 < time.monotonic() - begin < IDLE_SECONDS * 20
