@@ -75,7 +75,7 @@ def test_a_newcomer_is_not_forgotten_for_what_it_pushes_out(make_cache: MakeCach
     cache = make_cache(max_pending=2, max_remembered=2)
     for index in range(20):
         cache.request(f"filler {index}")
-        cache.request(f"wish {index}", Priority(index % 4))
+        cache.request(f"wish {index}", Priority(index % 3))
         assert cache.stats().num_pending <= 2
     cache.request("last", Priority.OPERATOR)
     cache.run_pending()
