@@ -72,7 +72,7 @@ def test_a_full_queue_drops_the_least_wanted(make_cache: MakeCache) -> None:
 
 def test_a_newcomer_is_not_forgotten_for_what_it_pushes_out(make_cache: MakeCache) -> None:
     """With memory and queue full, a wish that takes another's place is known, queued, and captured."""
-    cache = make_cache(max_pending=2, max_remembered=2)
+    cache = make_cache(max_pending=2, max_remembered=1)
     for index in range(20):
         cache.request(f"filler {index}")
         cache.request(f"wish {index}", Priority(index % 3))
