@@ -27,12 +27,16 @@ class Pulse:
     @property
     def is_serving(self) -> bool:
         """Whether a step is under way, or was just now."""
+        return self._serving_seconds() > 0
+
+    def _serving_seconds(self) -> float:
+        """How long it will be taken that somebody is served, unless there is another step; 0 for nobody."""
         if self._num_launched != self._num_finished:
-            return True
+            return IDLE_SECONDS
         last = self._last_monotonic
         if last is None:
-            return False
-        return self._monotonic() - last < (BREAK_SECONDS if self._num_launched else IDLE_SECONDS)
+            return 0.0
+        return max(0.0, last + (BREAK_SECONDS if self._num_launched else IDLE_SECONDS) - self._monotonic())
 
     def launched(self) -> None:
         """A step begins."""
@@ -51,11 +55,12 @@ class Pulse:
 
     def wait_for_end(self) -> None:
         """Returns when a step ended since the call, or nobody is served. For the capture thread."""
-        if not self.is_serving:
+        seconds = self._serving_seconds()
+        if not seconds:
             return
         ended = threading.Event()
         self._ended = ended
-        ended.wait(IDLE_SECONDS)
+        ended.wait(seconds)
         self._ended = None
 
     def _end(self) -> float:

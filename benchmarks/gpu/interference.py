@@ -200,7 +200,7 @@ async def _capture_in_a_loop(service: Service, num_streams: int, source: random.
                     cache.evict(info.name)
         missing = [key for key in keys if cache.lookup(key) is None]
         source.shuffle(missing)
-        for key in missing[: max(0, 8 - cache.stats().num_pending)]:
+        for key in missing[: max(0, 2 - cache.stats().num_pending)]:  # few, so that little is left at the phase's end
             cache.request(key, Priority.OPERATOR)
         await asyncio.sleep(0.02)  # long enough not to be a disturbance of its own
 

@@ -140,7 +140,7 @@ async def test_constant_eviction_changes_no_token(half: Model) -> None:
         for info in cache.list([GraphState.READY]):
             cache.unpin(info.name)
         cache.update_budget(limit_bytes=cache.stats().used_bytes // 3)
-        for seed in range(3):
+        for seed in range(5):
             await check(served, half, requests(50, seed=100 + seed), at_once=24)
         stats = cache.stats()
         print(stats)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from graphcache import FakeClock, SystemClock
+from graphcache import pulse as pulse_module
 from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, Pulse
 
 
@@ -71,6 +74,18 @@ def test_a_wait_ends_with_the_next_step() -> None:
         pulse.finished() if is_launched else pulse.recorded()
         waits.join(IDLE_SECONDS / 2)
         assert not waits.is_alive()
+
+
+def test_a_wait_in_a_break_is_as_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last step has ended and none follows, the wait is over with the break that serving may take."""
+    monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 60.0)
+    pulse = Pulse(SystemClock())
+    pulse.launched()
+    pulse.finished()
+    begin = time.monotonic()
+    pulse.wait_for_end()
+    assert time.monotonic() - begin < 10.0
+    assert not pulse.is_serving
 
 
 def test_a_long_step_is_not_waited_for_for_ever() -> None:

@@ -251,17 +251,22 @@ class TorchEngine:
         )
 
     def _warm_up(self) -> None:
-        """A few tokens in the scratch slot through every sampler: no request pays for libraries that set themselves up."""
+        """A few tokens in the scratch slot through every sampler: no request pays for libraries that set themselves up.
+
+        On a GPU kernels differ with the number of rows, too, and are compiled and loaded at their first use.
+        """
         live, slot = self._live, self._live.slots.scratch_slot
+        num_slots = self._settings.scheduler.num_slots
+        steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 3)]
         with torch.inference_mode():
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
-            for sampler in Sampler:
-                for num_tokens in (1, 3):
-                    row = Row(slot, 0, num_tokens, [0] * num_tokens, is_sampled=False)
-                    live.fill(Batch(step=0, rows=[row], sampler=sampler), num_tokens, 1)
-                    self._program.run(live, num_tokens, 1, sampler)
-                    live.buffers.note_run()
+                steps += [(Sampler.GREEDY, [1] * 2**power) for power in range(1, num_slots.bit_length())]
+            for sampler, lengths in steps:
+                rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
+                live.fill(Batch(step=0, rows=rows, sampler=sampler), sum(lengths), len(rows))
+                self._program.run(live, sum(lengths), len(rows), sampler)
+                live.buffers.note_run()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # the shadow is used from another stream
 

@@ -18,6 +18,8 @@ MAX_SPLITS = 16
 """Programs that may share the keys of one row and KV head."""
 FULL_GRID = 256
 """Decode programs from which splitting rows gains nothing: about two for each of the 132 multiprocessors of an H100 or H200."""
+LANE_GRID = 1024
+"""Programs to split rows into where there are fewer than FULL_GRID, and each serves one head: those are small ones."""
 _MAX_HEADS = 32
 """Query heads a program may serve; further ones of the same KV head go to other programs, or registers would run out."""
 _NO_WINDOW = 1 << 30
@@ -72,7 +74,7 @@ class DeviceRows:
 
     def scratch(self, num_kv_heads: int, num_heads: int, value_dim: int) -> Scratch | None:
         """One for all layers of this shape, as they run one after the other; None when rows are not split."""
-        num_splits = split_count(self.num_rows, num_kv_heads)
+        num_splits = split_count(self.num_rows, num_kv_heads, is_grouped=num_heads > num_kv_heads)
         if num_splits == 1:
             return None
         key = (num_kv_heads, num_heads, value_dim)
@@ -89,10 +91,14 @@ class DeviceRows:
         return scratch
 
 
-def split_count(num_rows: int, num_kv_heads: int) -> int:
-    """Splits of each row: a power of two that fills the grid, 1 when it is full without."""
+def split_count(num_rows: int, num_kv_heads: int, *, is_grouped: bool) -> int:
+    """Splits of each row: a power of two that fills the grid, 1 when it is full without. `is_grouped`: heads share KV heads."""
+    num_programs = num_rows * num_kv_heads
+    if num_programs >= FULL_GRID:
+        return 1
+    wanted = FULL_GRID if is_grouped else LANE_GRID
     num_splits = 1
-    while num_splits < MAX_SPLITS and num_rows * num_kv_heads * num_splits < FULL_GRID:
+    while num_splits < MAX_SPLITS and num_programs * num_splits < wanted:
         num_splits *= 2
     return num_splits
 
@@ -175,10 +181,11 @@ def launches(
     result = []
     if is_decode or is_mixed:
         scratch = rows.scratch(num_kv_heads, num_heads, value_dim)
-        grid = (rows.num_rows, num_programs, split_count(rows.num_rows, num_kv_heads))
+        num_splits = split_count(rows.num_rows, num_kv_heads, is_grouped=group > 1)
+        grid = (rows.num_rows, num_programs, num_splits)
         arguments = {
             **common,
-            **_decode_options(heads, row_bytes, padded_value_dim, keys.dtype),
+            **_decode_options(heads, row_bytes, padded_value_dim, keys.dtype, grid),
             "is_mixed": int(is_mixed),
         }
         for name in ("sums", "maxima", "totals", "arrivals"):
@@ -194,20 +201,35 @@ def launches(
     return result
 
 
-def _decode_options(heads: int, row_bytes: int, padded_value_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Keys and values in flight are bounded in bytes, so that they stay in registers or shared memory."""
-    num_warps = 4
+def _decode_options(
+    heads: int, row_bytes: int, padded_value_dim: int, dtype: torch.dtype, grid: tuple[int, int, int]
+) -> dict[str, int]:
+    """Keys and values in flight are bounded in bytes, so that they stay in registers or shared memory.
+
+    A program of one head takes the fewer of them the more programs there are, and few of a split row: measured on an H200
+    for 128 elements of 16 bits, 1 to 64 rows of 32 heads and contexts of 256 to 4,096. Few choices, as each is a kernel of
+    its own.
+    """
+    num_programs, num_splits = grid[0] * grid[1], grid[2]
+    num_warps, num_rounds = 4, 1
     tile_keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    if dtype == torch.float32 and heads > 1:  # multiplied outside the tensor cores, and out of registers
-        tile_keys, num_warps = 16, 8
+    if heads > 1:
+        if dtype == torch.float32:  # multiplied outside the tensor cores, and out of registers
+            tile_keys, num_warps = 16, 8
+    elif num_splits > 1 or num_programs >= LANE_GRID:
+        tile_keys, num_warps, num_rounds = 16, 2, 2
+    elif num_programs >= LANE_GRID // 2:
+        tile_keys = max(16, tile_keys // 2)
     return {
         "padded_heads": 1 if heads == 1 else max(16, triton.next_power_of_2(heads)),  # tl.dot takes 16 rows at least
         "tile_keys": tile_keys,
-        # As many keys as the threads can load at once with 16 bytes each: then a lane's keys are all its own threads'.
-        "lanes": max(1, min(tile_keys, num_warps * 32 * 16 // row_bytes)),
+        # As many keys as the threads can load in a round, or two, with 16 bytes each: a lane's keys are all its own threads'.
+        "lanes": max(1, min(tile_keys, num_rounds * num_warps * 32 * 16 // row_bytes)),
         "max_splits": MAX_SPLITS,
         # Of the sums of all splits, what fits 64 registers of each thread.
-        "heads_at_once": max(1, min(triton.next_power_of_2(heads), 8192 // (MAX_SPLITS * padded_value_dim))),
+        "heads_at_once": max(
+            1, min(triton.next_power_of_2(heads), num_warps * 2048 // (MAX_SPLITS * padded_value_dim))
+        ),
         "num_warps": num_warps,
         "num_stages": 2,
     }

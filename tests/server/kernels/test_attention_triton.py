@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from hotgraph_server.kernels.attention_triton import FULL_GRID, MAX_SPLITS, DeviceRows, split_count, triton_attention
+from hotgraph_server.kernels.attention_triton import (
+    FULL_GRID,
+    LANE_GRID,
+    MAX_SPLITS,
+    DeviceRows,
+    split_count,
+    triton_attention,
+)
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.interpreter import run_interpreted
 
@@ -77,23 +84,26 @@ def test_kernels_compile(
 
 
 def test_no_shape_of_a_step_needs_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer's two kernels there are three variants, however many tokens, rows, blocks or splits a step has."""
+    """Of a layer's two kernels there are five variants, however many tokens, rows, blocks or splits a step has."""
     kernels = compile_launches(monkeypatch)
-    for num_tokens in (*range(1, 9), 16, 17, 40, 64):
+    for num_tokens in (*range(1, 9), 16, 17, 31, 32, 40, 63, 64, 100, 128, 200, 256):
         attend(num_tokens, num_tokens, (8, 8), 64, max_blocks=num_tokens)
     for num_rows in (1, 2, 3, 16):
         for num_tokens in (17, 32, 100, 512):
             attend(num_tokens, num_rows, (8, 8), 64, max_blocks=num_rows)
     for window in (1, 16, 100):
         attend(32, 16, (8, 8), 64, window=window)
-    assert len({id(kernel) for kernel in kernels}) == 3
+    assert len({id(kernel) for kernel in kernels}) == 5
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 32, 40, 71, 300])
 def test_splits_fill_the_grid(num_kv_heads: int) -> None:
     """There are no more splits than fill the grid, at most 16, and one when rows fill it by themselves."""
     for num_rows in range(1, 65):
-        num_splits = split_count(num_rows, num_kv_heads)
-        num_programs = num_rows * num_kv_heads
-        assert num_splits == MAX_SPLITS or num_programs * num_splits >= FULL_GRID
-        assert num_splits == 1 or num_programs * num_splits < 2 * FULL_GRID
+        for is_grouped, wanted in ((True, FULL_GRID), (False, LANE_GRID)):
+            num_splits = split_count(num_rows, num_kv_heads, is_grouped=is_grouped)
+            num_programs = num_rows * num_kv_heads
+            assert (num_splits == 1) == (num_programs >= FULL_GRID)
+            if num_splits > 1:
+                assert num_splits == MAX_SPLITS or num_programs * num_splits >= wanted
+                assert num_programs * num_splits < 2 * wanted
