@@ -259,7 +259,7 @@ class TorchEngine:
         num_slots = self._settings.scheduler.num_slots
         steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 3)]
         with torch.inference_mode():
-            if self._device.type == "cuda":
+            if is_cuda := self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
                 steps += [(Sampler.GREEDY, [1] * 2**power) for power in range(1, num_slots.bit_length())]
             for sampler, lengths in steps:
@@ -267,8 +267,8 @@ class TorchEngine:
                 live.fill(Batch(step=0, rows=rows, sampler=sampler), sum(lengths), len(rows))
                 self._program.run(live, sum(lengths), len(rows), sampler)
                 live.buffers.note_run()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # the shadow is used from another stream
+                if is_cuda:  # before the next one is filled in, and before the shadow is used from another stream
+                    torch.cuda.synchronize(self._device)
 
     # The core: shapes that nearly everyone needs, captured first and kept.
 
