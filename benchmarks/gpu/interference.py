@@ -56,6 +56,8 @@ PHASES: tuple[tuple[str, float | None], ...] = (
 )
 """Name, and the stall budget (seconds a second) of its captures; None: no captures."""
 
+TOKENS_BETWEEN = 250  # two captures that take turns with steps
+
 
 async def measure(arguments: argparse.Namespace, report: Report, loaded: Loaded) -> None:
     """Both parts; results and checks go into the report."""
@@ -77,8 +79,8 @@ async def measure(arguments: argparse.Namespace, report: Report, loaded: Loaded)
 
 
 def _tokens_of_stream(arguments: argparse.Namespace) -> int:
-    """Of all phases, and as many again as one of them for what lies between: captures that are still to end."""
-    return int((len(PHASES) + 1) * arguments.phase_tokens + 64)
+    """Of all phases, and of what lies between them: captures that are still to end."""
+    return int(len(PHASES) * (arguments.phase_tokens + TOKENS_BETWEEN) + 64)
 
 
 async def _phases(
@@ -90,10 +92,12 @@ async def _phases(
     num_captures = [0] * len(PHASES)
     seconds = [0.0] * len(PHASES)
     for index in range(1 + arguments.rounds):  # the first is not measured
-        completions, windows = await _round(service, arguments, source)
+        # Contexts grow and steps with them, so that each phase has each place in turn.
+        order = [(place + index) % len(PHASES) for place in range(len(PHASES))]
+        completions, windows = await _round(service, arguments, source, order)
         if index == 0:
             continue
-        for phase, (begin, end, captures) in enumerate(windows):
+        for phase, (begin, end, captures) in zip(order, windows, strict=True):
             num_captures[phase] += captures
             seconds[phase] += end - begin
             for completion in completions:
@@ -124,9 +128,9 @@ async def _phases(
 
 
 async def _round(
-    service: Service, arguments: argparse.Namespace, source: random.Random
+    service: Service, arguments: argparse.Namespace, source: random.Random, order: Sequence[int]
 ) -> tuple[list[Completion], list[tuple[float, float, int]]]:
-    """One life of the streams through all phases; (begin, end, captures) of each phase."""
+    """One life of the streams through all phases in this order; (begin, end, captures) of each phase."""
     vocabulary_size = service.engine.info.vocabulary_size
     completions = [Completion(0.0) for _ in range(arguments.streams)]
     total = _tokens_of_stream(arguments)
@@ -153,7 +157,8 @@ async def _round(
     try:
         await until(1)
         await _settle_quickly(service)
-        for _, budget in PHASES:
+        for phase in order:
+            _, budget = PHASES[phase]
             before = service.engine.graphs.stats().num_captures
             capturer = None
             if budget is not None:
@@ -319,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("Captures beside steady streams, and the price of a miss.")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens of the streams")
-    parser.add_argument("--phase-tokens", type=int, default=400, help="tokens of each stream in each phase")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--phase-tokens", type=int, default=150, help="tokens of each stream in each phase")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--miss-lengths", type=numbers, default=(10, 32, 64, 100, 200, 400))
     parser.add_argument("--miss-rounds", type=int, default=11, help="the first of which is not counted")
     parser.add_argument("--gap-ms", type=float, default=30.0, help="between lone requests")

@@ -2,13 +2,16 @@
 
 In half precision two correct ways to compute a step (other kernels for another number of rows, padding) differ in the last
 bits, and with random weights two tokens are often that near. So where tokens part, the eager step decides: with both tokens
-moved towards each other by the dtype's tolerance (a logit bias), it must choose the other one. If it does, they were level,
-and what follows is compared with the eager steps after the token that was chosen. If not, the result is wrong.
+moved towards each other by the dtype's tolerance (a logit bias, and as much for the bounds of top-p and min-p), it must choose
+the other one. If it does, they were level, and what follows is compared with the eager steps after the token that was chosen.
+If not, the result is wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,12 +72,21 @@ class Oracle:
             prefix = ids[: parts_at + 1]
 
     async def _is_level(self, request: Request, prefix: tuple[int, ...], found: int, wanted: int) -> bool:
-        bias = dict(request.sampling.logit_bias)
+        sampling = request.sampling
+        bias = dict(sampling.logit_bias)
         bias[found] = bias.get(found, 0.0) + self._tolerance
         bias[wanted] = bias.get(wanted, 0.0) - self._tolerance
-        sampling = dataclasses.replace(request.sampling, logit_bias=bias)
-        tried = dataclasses.replace(request, sampling=sampling)
-        return await self._run(tried, prefix, len(prefix) + 1) == (found,)
+        # Which tokens top-p and min-p leave depends on all logits: their sums move by about as much as one logit does.
+        factors = (1.0, math.exp(self._tolerance), math.exp(-self._tolerance))
+        for top_p, min_p in itertools.product(
+            {min(1.0, sampling.top_p * factor) for factor in factors} if sampling.top_p < 1 else {1.0},
+            {sampling.min_p * factor for factor in factors},
+        ):
+            changed = dataclasses.replace(sampling, logit_bias=bias, top_p=top_p, min_p=min_p)
+            tried = dataclasses.replace(request, sampling=changed)
+            if await self._run(tried, prefix, len(prefix) + 1) == (found,):
+                return True
+        return False
 
     async def _run(self, request: Request, prefix: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
         """The tokens after `prefix`."""

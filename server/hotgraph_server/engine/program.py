@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from hotgraph_server.engine.thread import Deferred, ForwardThread
 from hotgraph_server.errors import EngineFailedError
 from hotgraph_server.kernels.prepare import prepare_step
 from hotgraph_server.models.interface import Model
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-2
 """Of a probe's largest logits and log-probabilities, absolute and relative: the same kernels in the same order give the same
@@ -115,17 +118,22 @@ class StepProgram:
         while others are served the shadow runs what was recorded, recorded once more, in parts that take turns with theirs.
         """
         expected = self._expected[key]
+        is_idle = self._is_idle()
         try:
-            if self._is_idle():
+            if is_idle:
                 found = self._thread.call(lambda: self._probe_live(key, replay))
             else:
                 assert self._shadow is not None
                 found = self._probe_shadow(key, self._shadow, self._backend.rehearse)
-        except RunLostError:
+        except RunLostError as error:
+            log.warning("verifying %s: %s", key, error)
             return False
         except (RuntimeError, EngineFailedError) as error:
             raise CaptureError("the verification could not run") from error
-        return found.token_ids == expected.token_ids and _are_close(found, expected)
+        if found.token_ids == expected.token_ids and _are_close(found, expected):
+            return True
+        log.warning("verifying %s, %s: %s", key, "replayed" if is_idle else "rehearsed", _difference(found, expected))
+        return False
 
     def _probe_shadow(
         self, key: StepKey, shadow: StepState, run_apart: Callable[[Callable[[], None]], None]
@@ -172,6 +180,15 @@ class StepProgram:
             number = live.buffers.note_run()
             live.buffers.counter.fill_(number + 1)  # whatever it did, the next run is counted right
         return self._thread.after_launched(lambda: live.buffers.results(number, key.rows))
+
+
+def _difference(found: StepResults, expected: StepResults) -> str:
+    """In words, for the log."""
+    pairs = list(zip(found.token_ids, expected.token_ids, strict=True))
+    rows = [row for row, (one, other) in enumerate(pairs) if one != other]
+    peaks = max(abs(one - other) for one, other in zip(found.peaks, expected.peaks, strict=True))
+    tokens = ", ".join(f"row {row}: {pairs[row][0]} instead of {pairs[row][1]}" for row in rows[:3])
+    return f"{len(rows)} of {len(pairs)} tokens differ ({tokens}), largest logits by up to {peaks:.3g}"
 
 
 def _are_close(found: StepResults, expected: StepResults) -> bool:
