@@ -45,7 +45,7 @@ SHAPES: dict[str, Shape] = {
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": 2048,
         },
         weight_std=0.2,
     ),
