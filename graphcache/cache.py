@@ -98,14 +98,14 @@ class GraphCache(Generic[K]):
 
     def record_hit(self, graph: Graph[K], seconds: float) -> None:
         """A step of `seconds` replayed the graph."""
-        graph.usage.record_hit(seconds, self._pulse.recorded())
+        graph.usage.record_hit(seconds, self._pulse.recorded(seconds))
 
     def record_miss(self, key: K, seconds: float | None = None) -> None:
         """A step of this key ran without its graph: eagerly, in `seconds`, or None where a larger graph stood in.
 
         Asks for a capture, unless there is a reason against it.
         """
-        now = self._pulse.recorded()
+        now = self._pulse.recorded(seconds)
         self._misses.append((key, seconds, now))
         entry = self._entries.get(key)
         if entry is None or entry.wants_capture(now):

@@ -67,11 +67,11 @@ class CacheCore(Generic[K]):
         return self.pulse.is_serving
 
     def checkpoint(self) -> None:
-        """Returns when a capture may go on: not while captures are paused, and not before those who are served had a step."""
+        """Returns when a capture may go on: not while captures are paused, and in turn with steps of those who are served."""
         governor = self.governor
         governor.wait_while_paused()
         started = self.clock.monotonic()
-        self.pulse.wait_for_end()
+        self.pulse.take_turn()
         governor.waited_seconds += self.clock.monotonic() - started
 
     def take_misses(self) -> None:

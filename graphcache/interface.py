@@ -70,8 +70,8 @@ class Backend(Protocol):
         """Before the first capture: make streams, warm libraries on this thread. Raises CaptureError; tried again later.
 
         Between the phases of a capture, and between parts of what it runs, the backend may call `checkpoint()`, which returns
-        when the capture may go on: it waits while captures are paused, and while others are served until a step of theirs
-        ended.
+        when the capture may go on: it waits while captures are paused, and while others are served takes turns with their
+        steps.
         """
         ...
 

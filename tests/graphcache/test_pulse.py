@@ -9,7 +9,7 @@ import pytest
 
 from graphcache import FakeClock, SystemClock
 from graphcache import pulse as pulse_module
-from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, Pulse
+from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, TURN_SHARE, Pulse
 
 
 def test_a_step_under_way_is_served_for_as_long_as_it_takes() -> None:
@@ -35,7 +35,7 @@ def test_records_alone_count_for_a_while() -> None:
     """Who tells of records only is taken to serve until there was none for a quarter of a second."""
     clock = FakeClock()
     pulse = Pulse(clock)
-    assert pulse.recorded() == clock.monotonic()
+    assert pulse.recorded(0.1) == clock.monotonic()
     clock.advance(IDLE_SECONDS * 0.9)
     assert pulse.is_serving
     clock.advance(IDLE_SECONDS * 0.2)
@@ -49,14 +49,14 @@ def test_records_say_nothing_beside_launches() -> None:
     pulse.launched()
     pulse.finished()
     clock.advance(BREAK_SECONDS * 2)
-    assert pulse.recorded() == clock.monotonic()
+    assert pulse.recorded(0.1) == clock.monotonic()
     assert not pulse.is_serving
 
 
 def test_nobody_waits_while_nobody_is_served() -> None:
     """Without a step under way the wait is over at once."""
     pulse = Pulse(FakeClock())
-    pulse.wait_for_end()
+    pulse.take_turn()
 
 
 def test_a_wait_ends_with_the_next_step() -> None:
@@ -66,12 +66,12 @@ def test_a_wait_ends_with_the_next_step() -> None:
         if is_launched:
             pulse.launched()
         else:
-            pulse.recorded()
-        waits = threading.Thread(target=pulse.wait_for_end)
+            pulse.recorded(0.1)
+        waits = threading.Thread(target=pulse.take_turn)
         waits.start()
         waits.join(0.02)
         assert waits.is_alive()
-        pulse.finished() if is_launched else pulse.recorded()
+        pulse.finished() if is_launched else pulse.recorded(0.1)
         waits.join(IDLE_SECONDS / 2)
         assert not waits.is_alive()
 
@@ -83,7 +83,7 @@ def test_a_wait_in_a_break_is_as_short(monkeypatch: pytest.MonkeyPatch) -> None:
     pulse.launched()
     pulse.finished()
     begin = time.monotonic()
-    pulse.wait_for_end()
+    pulse.take_turn()
     assert time.monotonic() - begin < 10.0
     assert not pulse.is_serving
 
@@ -93,5 +93,44 @@ def test_a_long_step_is_not_waited_for_for_ever() -> None:
     pulse = Pulse(SystemClock())
     pulse.launched()
     begin = time.monotonic()
-    pulse.wait_for_end()
+    pulse.take_turn()
     assert IDLE_SECONDS * 0.9 < time.monotonic() - begin < IDLE_SECONDS * 20
+
+
+def test_what_takes_little_of_a_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a turn began there is no wait until a small share of a step has passed, and then there is one."""
+    monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 0.05)
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.launched()
+    pulse.launched()
+    clock.advance(10.0)
+    pulse.finished()  # a step of ten seconds
+    for seconds in (TURN_SHARE * 10.0 * 0.9, TURN_SHARE * 10.0 * 0.2):
+        begin = time.monotonic()
+        pulse.take_turn()  # there was none for long: waits
+        assert time.monotonic() - begin > 0.04
+        clock.advance(seconds)
+        begin = time.monotonic()
+        pulse.take_turn()
+        assert time.monotonic() - begin < 0.04
+        clock.advance(TURN_SHARE * 10.0)
+
+
+def test_a_step_that_waited_for_another_is_no_longer_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps launched ahead, a step's time begins with the end of the one before."""
+    monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 0.05)
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.launched()
+    pulse.launched()
+    pulse.launched()
+    clock.advance(100.0)
+    pulse.finished()
+    clock.advance(1.0)
+    pulse.finished()  # a step of one second
+    pulse.take_turn()
+    clock.advance(TURN_SHARE * 2.0)
+    begin = time.monotonic()
+    pulse.take_turn()
+    assert time.monotonic() - begin > 0.04

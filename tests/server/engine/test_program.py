@@ -8,7 +8,9 @@ import pytest
 
 from graphcache import FakeBackend, GraphState
 from hotgraph_server.batch import Sampler, StepKey
+from hotgraph_server.request import SamplingParams
 from tests.server.engine.conftest import MakeEngine
+from tests.server.engine.driver import Driver, Track
 from tests.server.engine.tiny_model import NUM_LAYERS, TinyModel
 
 KEY = StepKey(4, 4, Sampler.GREEDY)
@@ -29,6 +31,21 @@ async def test_a_graph_is_replayed_alone_and_rehearsed_beside_others(
     assert backend.num_rehearsals == (not is_idle)
     assert backend.num_replays[info.name] == is_idle
     assert backend.num_turns == NUM_LAYERS * (1 + backend.num_rehearsals)  # and those of the eager run before
+
+
+async def test_what_older_steps_left_is_not_compared(make_engine: MakeEngine) -> None:
+    """After steps that computed log-probabilities, a graph that computes none is as good as before."""
+    engine = await make_engine(backend=FakeBackend(), num_blocks=NUM_BLOCKS)
+    filtered = SamplingParams(temperature=1.0, top_k=5)
+    for token_id in (3, 4):  # the second time with the graphs of the first
+        await Driver(engine, seed=1).run([Track((token_id, 5), filtered, seed) for seed in range(4)], 6, num_logprobs=3)
+        pending = engine.graphs.list([GraphState.QUEUED, GraphState.CAPTURING])
+        engine.graphs.wait([info.key for info in pending], 20)
+    for sampler in Sampler:
+        key = StepKey(2, 2, sampler)
+        engine.graphs.request(key)
+        (info,) = engine.graphs.wait([key], 20)
+        assert info.state is GraphState.READY, info.failure
 
 
 class Forgetful(FakeBackend):
