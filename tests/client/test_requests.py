@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
 import pytest
@@ -192,3 +193,12 @@ def test_kinds_of_graph_policies(policy: Any) -> None:
     request = generation_spec("text", graph_policy=policy).request
     assert request.graph_policy.mode == generation_pb2.GRAPH_MODE_EAGER_ONLY
     assert not request.graph_policy.HasField("max_wait")
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32])
+def test_a_wrong_id_among_thousands_is_named(wrong: int) -> None:
+    """One token id that no field can hold is named by its place in a long prompt; ints of other types are taken as ints."""
+    ids = [random.randrange(2**32) for _ in range(3000)]
+    assert list(generation_spec(ids).request.token_ids.ids) == ids
+    assert list(generation_spec([*ids, True]).request.token_ids.ids) == [*ids, 1]
+    assert violated(prompt=[*ids[:2000], wrong, *ids[2000:]]) == ["token_ids.ids[2000]"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from hotgraph.v1 import inference_service_pb2
 from hotgraph_client import (
     AsyncClient,
     CancelledRequestError,
@@ -18,6 +22,7 @@ from hotgraph_client import (
     Event,
     Finished,
     FinishReason,
+    HotgraphError,
     Started,
     Tokens,
 )
@@ -296,3 +301,78 @@ async def test_a_finished_stream_is_not_cancelled(server: ScriptedServer, driver
     await driver.events()
     await server.until(lambda: server.num_active == 0)
     assert server.num_cancelled == 0
+
+
+@pytest.mark.parametrize("ending", ["read", "closed", "cancelled elsewhere", "dropped", "failed", "past its deadline"])
+async def test_an_ended_call_leaves_nothing_with_grpc(server: ScriptedServer, socket_path: Path, ending: str) -> None:
+    """However a blocking stream ends, gRPC is left no event of its call: it would hold the call for the channel's life."""
+    acts = {"read": whole("abc"), "failed": broken(fail(grpc.StatusCode.INVALID_ARGUMENT), 2, "abc")}
+    server.play(acts.get(ending, broken(hang, 2, "abc")))
+    calls: list[Any] = []
+
+    def run(client: Client) -> None:
+        generation = client.generate("go on", seed=1, timeout=0.2 if ending == "past its deadline" else None)
+        calls.append(generation._connection._call)
+        if ending == "dropped":
+            next(generation)
+        elif ending == "closed":
+            with generation:
+                next(generation)
+        elif ending == "cancelled elsewhere":
+            next(generation)
+            next(generation)
+            later = threading.Timer(0.1, generation.cancel)
+            later.start()
+            with pytest.raises(CancelledRequestError):
+                next(generation)
+            later.join()
+        elif ending == "read":
+            generation.result()
+        else:
+            with pytest.raises(HotgraphError):
+                generation.result()
+
+    with Client(f"unix:{socket_path}") as client:
+        await asyncio.to_thread(run, client)
+        gc.collect()
+        (call,) = calls
+        assert type(call).__name__ == "_SingleThreadedRendezvous"  # what follows looks into this one
+        assert call._state.due == set()
+        server.play(whole("again"))
+        assert (await asyncio.to_thread(client.generate("go on").result)).text == "again"
+
+
+INTERRUPTED = """
+import sys
+from hotgraph_client import CancelledRequestError, Client
+with Client(sys.argv[1]) as client:
+    generation = client.generate("go on", seed=1)
+    print(type(next(generation)).__name__, flush=True)
+    try:
+        next(generation)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    try:
+        next(generation)
+    except CancelledRequestError:
+        print("over", flush=True)
+    print(client.tokenize("a").token_ids)
+"""
+
+
+async def test_a_signal_in_a_blocking_read(server: ScriptedServer, socket_path: Path) -> None:
+    """Ctrl-C while the blocking client waits ends the call, here and on the server; the client can be used further."""
+    server.play(broken(hang, 1, "abc"))
+    server.answers["Tokenize"] = inference_service_pb2.TokenizeResponse(token_ids=[7])
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", INTERRUPTED, f"unix:{socket_path}", stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        assert await process.stdout.readline() == b"Started\n"
+        await asyncio.sleep(0.1)  # for it to be inside the read; before it the interrupt would hit Python code
+        process.send_signal(signal.SIGINT)
+        rest = await process.stdout.read()
+        assert await process.wait() == 0
+        await server.until(lambda: server.num_cancelled == 1)
+    assert rest == b"interrupted\nover\n(7,)\n"

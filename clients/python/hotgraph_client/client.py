@@ -28,6 +28,7 @@ class Client(BaseClient):
     """
 
     _channel: grpc.Channel | None = None
+    _generate: Any = None  # the channel's Generate: what is called most is made once
 
     def _open_channel(self) -> grpc.Channel:
         with self._lock:
@@ -39,6 +40,11 @@ class Client(BaseClient):
                     grpc.insecure_channel(self._config.target, options)
                     if credentials is None
                     else grpc.secure_channel(self._config.target, credentials, options)
+                )
+                self._generate = self._channel.unary_stream(
+                    calls.GENERATE_PATH,
+                    request_serializer=_serialize,
+                    response_deserializer=inference_service_pb2.GenerateResponse.FromString,
                 )
             return self._channel
 
@@ -119,12 +125,8 @@ class Client(BaseClient):
 
     def _generate_opener(self, spec: GenerationSpec) -> Callable[[Attempt], GenerateCall]:
         def open_call(attempt: Attempt) -> GenerateCall:
-            method = self._open_channel().unary_stream(
-                calls.GENERATE_PATH,
-                request_serializer=_serialize,
-                response_deserializer=inference_service_pb2.GenerateResponse.FromString,
-            )
-            call: Any = method(
+            self._open_channel()
+            call: Any = self._generate(
                 attempt.request,
                 timeout=attempt.timeout_seconds,
                 metadata=self._generation_metadata(spec),

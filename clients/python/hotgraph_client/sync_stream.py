@@ -15,6 +15,7 @@ import grpc
 
 from hotgraph.v1 import inference_service_pb2
 from hotgraph_client.errors import HotgraphError, StreamLostError
+from hotgraph_client.limits import limit
 from hotgraph_client.resume import Attempt, GenerationProgress, StreamState
 from hotgraph_client.status import error_from_call
 from hotgraph_client.types import Choice, Completion, Event, Started
@@ -56,10 +57,7 @@ class _Connection(Generic[MessageT]):
 
     def read(self, idle_seconds: float | None = None) -> MessageT | None:
         """The next message; None when the stream ended with OK. Raises HotgraphError for any other status."""
-        timer = None if idle_seconds is None else threading.Timer(idle_seconds, self._end_idle)
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
+        idle_limit = None if idle_seconds is None else limit(idle_seconds, self._end_idle)
         self._is_read = True
         try:
             message: MessageT = next(self._call)
@@ -79,8 +77,8 @@ class _Connection(Generic[MessageT]):
                 self._is_read = False
             if self._is_ended:
                 self._take_the_rest()
-            if timer is not None:
-                timer.cancel()
+            if idle_limit is not None:
+                idle_limit.lift()
         return message
 
     def _end_idle(self) -> None:

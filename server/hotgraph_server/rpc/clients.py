@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import grpc.aio
@@ -53,6 +54,11 @@ class Client:
             self.num_active_requests -= 1
 
 
+@lru_cache(MAX_CLIENTS)
+def _name_of(peer: str) -> str:
+    return hashlib.sha256(peer.encode()).hexdigest()[:16]
+
+
 class ClientRegistry:
     """The clients seen last; beyond `max_clients` the one unseen for longest is forgotten, idle ones first."""
 
@@ -77,7 +83,7 @@ class ClientRegistry:
         return self._seen(context.peer(), declared_id, user_agent)
 
     def _seen(self, peer: str, declared_id: str, user_agent: str) -> Client:
-        name = declared_id or hashlib.sha256(peer.encode()).hexdigest()[:16]
+        name = declared_id or _name_of(peer)
         now = self._clock()
         client = self._clients.get(name)
         if client is None:

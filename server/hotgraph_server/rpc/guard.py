@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Final, Never, TypeAlias, cast
 
 import grpc.aio
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
 from hotgraph_server.errors import (
@@ -201,10 +204,11 @@ def named_request(request: Message) -> str:
     if "request_id" not in request.DESCRIPTOR.fields_by_name:
         return ""
     request_id: str = getattr(request, "request_id")  # noqa: B009  (the message's type is not known here)
-    if not request_id:
-        request_id = uuid.uuid4().hex
-        setattr(request, "request_id", request_id)  # noqa: B010
-    return request_id if is_identifier(request_id) else ""
+    if request_id:
+        return request_id if is_identifier(request_id) else ""
+    request_id = os.urandom(16).hex()
+    setattr(request, "request_id", request_id)  # noqa: B010
+    return request_id
 
 
 # Wire types of the protobuf encoding.
@@ -216,12 +220,7 @@ def doubled_oneofs(message: Message, data: bytes) -> list[str]:
 
     `data` is what the message was parsed from, so it is well formed.
     """
-    owners = {
-        field.number: oneof.name
-        for oneof in message.DESCRIPTOR.oneofs
-        if len(oneof.fields) > 1
-        for field in oneof.fields
-    }
+    owners = _owners(message.DESCRIPTOR)
     if not owners:
         return []
     seen: dict[str, int] = {}
@@ -231,6 +230,12 @@ def doubled_oneofs(message: Message, data: bytes) -> list[str]:
         if name is not None and seen.setdefault(name, number) != number and name not in doubled:
             doubled.append(name)
     return doubled
+
+
+@cache
+def _owners(kind: Descriptor) -> dict[int, str]:
+    """The names of a message type's oneofs, by the numbers of their fields. Those of one field, as optional ones, left out."""
+    return {field.number: oneof.name for oneof in kind.oneofs if len(oneof.fields) > 1 for field in oneof.fields}
 
 
 def _top_level_fields(data: bytes) -> Iterator[int]:
@@ -258,6 +263,8 @@ def _top_level_fields(data: bytes) -> Iterator[int]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
+    if data[position] < 0x80:
+        return data[position], position + 1
     value, shift = 0, 0
     while True:
         byte = data[position]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -112,7 +112,7 @@ def _sampling(message: generation_pb2.SamplingParams, vocabulary_size: int) -> S
         presence_penalty=message.presence_penalty,
         frequency_penalty=message.frequency_penalty,
         logit_bias=MappingProxyType({entry.token_id: entry.bias for entry in message.logit_bias}),
-        seed=message.seed if message.HasField("seed") else secrets.randbits(64),
+        seed=message.seed if message.HasField("seed") else int.from_bytes(os.urandom(8)),
     )
 
 
