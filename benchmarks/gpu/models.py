@@ -10,13 +10,16 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PretrainedConfig
 
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.interface import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -86,6 +89,9 @@ class RandomWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, shape: Shape, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        # Slow to import, and not imported by a daemon: the time to the first token is measured here, too.
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape.config())  # type: ignore[no-untyped-call]
         self.sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -134,6 +140,8 @@ def make_loaded(config_name: str, *, device: torch.device, dtype: torch.dtype) -
 def make_transformers(config_name: str, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' own model with the same weights as `make_loaded`, with its default attention (sdpa)."""
     shape = SHAPES[config_name]
+    from transformers import AutoModelForCausalLM
+
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             shape.config(), dtype=dtype, attn_implementation="sdpa"
