@@ -104,10 +104,13 @@ def eager(request: Request) -> Request:
     return replace(request, graph_policy=GraphPolicy(GraphMode.EAGER_ONLY))
 
 
-def same_or_tied(model: Model, request: Request, found: Sequence[int], expected: Sequence[int]) -> bool:
+def same_or_tied(
+    model: Model, request: Request, found: Sequence[int], expected: Sequence[int], *, tie: float | None = None
+) -> bool:
     """Whether two greedy completions are equal, or part at a token where the model can hardly tell the two apart.
 
-    Batches of other sizes use other matrix kernels, which round differently; from there on the texts differ.
+    Batches of other sizes use other matrix kernels, which round differently; from there on the texts differ. `tie`: how far
+    apart the logits of two such tokens may be; None is right for logits of about 1.
     """
     assert len(found) == len(expected)
     if list(found) == list(expected):
@@ -118,4 +121,4 @@ def same_or_tied(model: Model, request: Request, found: Sequence[int], expected:
     for start in range(0, len(text), CHUNK_TOKENS):
         logits = driver.step({"a": text[start : start + CHUNK_TOKENS]})["a"]
     gap = (logits[found[parting]] - logits[expected[parting]]).abs().item()
-    return gap <= TIES[model.dtype]
+    return gap <= (TIES[model.dtype] if tie is None else tie)

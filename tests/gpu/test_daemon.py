@@ -94,6 +94,15 @@ async def test_a_life_on_the_gpu(folder: Path) -> None:
         assert await daemon.ended() == 0
 
 
+async def test_more_kv_cache_than_memory_is_said(folder: Path) -> None:
+    """A KV cache that does not fit ends the start with 78 and the reason, not with a crash."""
+    wanted = settings(folder)
+    wanted = wanted.model_copy(update={"kv_cache": KvCacheSettings(size_bytes=1 << 45)})
+    async with process(wanted, PROGRAM) as daemon:
+        await daemon.logged("no memory for the engine's buffers")
+        assert await daemon.ended() == 78
+
+
 async def test_a_wild_write_ends_the_process_with_a_clear_word(folder: Path) -> None:
     """After a kernel's illegal access what is in flight ends with ENGINE_FAILED, and the process exits with 70."""
     async with process(settings(folder), SABOTAGED) as daemon:
