@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from benchmarks.gpu.models import SHAPES, Loaded, RandomWeights, synchronize
 from hotgraph_server.models.checkpoint import INDEX, open_checkpoint
 from hotgraph_server.models.decoder import Decoder
+from hotgraph_server.models.json_file import read_json
+from hotgraph_server.models.loader import CONFIG, choose_config
 
 SHARD_BYTES = 2 << 30
 
@@ -39,12 +41,13 @@ def write_folder(folder: Path, config_name: str, *, device: torch.device, dtype:
     if shard:
         flush()
     (folder / INDEX).write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    (folder / CONFIG).write_text(SHAPES[config_name].config().to_json_string(use_diff=False), encoding="utf-8")
 
 
 def load_folder(folder: Path, config_name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Our decoder from such files, as the daemon reads a model's. Raises ModelLoadError."""
     begin_seconds = time.perf_counter()
-    config = SHAPES[config_name].config()
+    config = choose_config(read_json(folder / CONFIG), folder / CONFIG, is_plain=True)
     model = Decoder.from_config(config, open_checkpoint(folder), dtype=dtype, device=device, max_context=None)
     synchronize(device)
-    return Loaded(model, f"random-{config_name}", time.perf_counter() - begin_seconds, config)
+    return Loaded(model, f"random-{config_name}", time.perf_counter() - begin_seconds)

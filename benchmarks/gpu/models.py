@@ -9,17 +9,16 @@ import random
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig
 
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.interface import Model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,6 +34,8 @@ class Shape:
     weight_std: float
 
     def config(self) -> PretrainedConfig:
+        from transformers import LlamaConfig  # slow to import, as below
+
         return LlamaConfig(**self.sizes, pad_token_id=None)
 
 
@@ -123,7 +124,6 @@ class Loaded:
     model: Model
     model_id: str
     load_seconds: float
-    config: PretrainedConfig = field(repr=False)
 
 
 def make_loaded(config_name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded:
@@ -134,7 +134,7 @@ def make_loaded(config_name: str, *, device: torch.device, dtype: torch.dtype) -
     weights = RandomWeights(shape, dtype=dtype, device=device)
     model = Decoder.from_config(config, weights, dtype=dtype, device=device, max_context=None)
     synchronize(device)
-    return Loaded(model, f"random-{config_name}", time.perf_counter() - begin_seconds, config)
+    return Loaded(model, f"random-{config_name}", time.perf_counter() - begin_seconds)
 
 
 def make_transformers(config_name: str, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

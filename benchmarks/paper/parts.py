@@ -43,7 +43,7 @@ async def _without_kernels(bench: Bench) -> AsyncIterator[Mode]:
     """transformers' forward in our engine, with its paged cache, without graphs: of our decoder only the rest is there."""
     implementation = bench.transformers().config._attn_implementation
     model = Bridge(bench.transformers(), max_context=None)
-    loaded = Loaded(model, "bridge", 0.0, bench.transformers().config)
+    loaded = Loaded(model, "bridge", 0.0)
     try:
         async with serving(
             loaded, make_settings(loaded, num_slots=8, kv_tokens=4096), run_ahead=bench.run_ahead

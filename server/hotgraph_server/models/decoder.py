@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
 
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.activation import gated_activation
@@ -23,7 +22,7 @@ from hotgraph_server.kernels.rope_kv import rope_and_write_kv
 from hotgraph_server.models.arena import Activations, DecoderArena
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
 from hotgraph_server.models.rotary import rotary
-from hotgraph_server.models.shape import DecoderShape
+from hotgraph_server.models.shape import Config, DecoderShape
 from hotgraph_server.models.weights import Linear, make_linear
 
 
@@ -85,7 +84,7 @@ class Decoder:
         self._scaling = shape.head_dim**-0.5
 
     @staticmethod
-    def supports(config: PretrainedConfig) -> bool:
+    def supports(config: Config) -> bool:
         """Whether this decoder computes exactly what transformers does for such a config."""
         try:
             rotary(config, DecoderShape.from_config(config), None)
@@ -96,7 +95,7 @@ class Decoder:
     @classmethod
     def from_config(
         cls,
-        config: PretrainedConfig,
+        config: Config,
         weights: Mapping[str, torch.Tensor],
         *,
         dtype: torch.dtype,

@@ -17,10 +17,13 @@ from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.models import convert
 from hotgraph_server.models.checkpoint import open_checkpoint
+from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.download import Progress
 from hotgraph_server.models.gguf_file import GgufFile
 from hotgraph_server.models.interface import Model
 from hotgraph_server.models.json_file import read_json
+from hotgraph_server.models.plain_config import PlainConfig, read_plain
+from hotgraph_server.models.shape import Config
 from hotgraph_server.models.sources import Source, resolve
 from hotgraph_server.models.tokenizer import HuggingFaceTokenizer, TokenizerSettings, load_tokenizer
 from hotgraph_server.models.transformers_model import first_line, read_gguf_config, read_model
@@ -62,7 +65,8 @@ def load_model(settings: ModelSettings, *, cache: Path | None = None, progress: 
     """
     device = choose_device(settings.device)
     source = resolve(settings.source, cache=cache, progress=progress)
-    parts = _open_gguf(source) if source.is_gguf else _open_folder(source)
+    is_plain = settings.runner != "bridge"  # which needs transformers' own configuration, and transformers anyway
+    parts = _open_gguf(source, is_plain=is_plain) if source.is_gguf else _open_folder(source, is_plain=is_plain)
     dtype = choose_dtype(settings.dtype, device, parts.dtype)
     _check_max_context(settings, parts.config, source.path)
     if parts.tokenizer.vocabulary_size > (rows := _vocabulary_size(parts.config)):
@@ -103,25 +107,25 @@ class _Parts:
     `weights` is None for a GGUF file whose names for them only transformers knows.
     """
 
-    config: PreTrainedConfig
+    config: Config
     weights: Mapping[str, torch.Tensor] | None
     dtype: torch.dtype
     tokenizer: HuggingFaceTokenizer
     generation: GenerationDefaults
 
 
-def _open_folder(source: Source) -> _Parts:
+def _open_folder(source: Source, *, is_plain: bool) -> _Parts:
     folder = source.path
     raw_config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION_CONFIG, is_optional=True)
-    config = make_config(raw_config, folder / CONFIG)
+    config = choose_config(raw_config, folder / CONFIG, is_plain=is_plain)
     checkpoint = open_checkpoint(folder)
     eos = _token_ids(generation.get("eos_token_id", raw_config.get("eos_token_id")), folder / GENERATION_CONFIG)
     tokenizer = load_tokenizer(folder, eos_token_ids=eos)
     return _Parts(config, checkpoint, checkpoint.dtype, tokenizer, _generation_defaults(generation))
 
 
-def _open_gguf(source: Source) -> _Parts:
+def _open_gguf(source: Source, *, is_plain: bool) -> _Parts:
     file = GgufFile(source.path)
     backend, tokenizer_config = convert.build_tokenizer(file)
     special = {name: token for name, token in tokenizer_config.items() if name.endswith("_token") and token}
@@ -134,7 +138,14 @@ def _open_gguf(source: Source) -> _Parts:
         return _Parts(read_gguf_config(source.path), None, torch.float32, tokenizer, GenerationDefaults())
     raw_config = convert.read_config(file)
     weights = convert.GgufWeights(file, raw_config)
-    return _Parts(make_config(raw_config, source.path), weights, torch.float32, tokenizer, GenerationDefaults())
+    config = choose_config(raw_config, source.path, is_plain=is_plain)
+    return _Parts(config, weights, torch.float32, tokenizer, GenerationDefaults())
+
+
+def choose_config(raw: Mapping[str, Any], path: Path, *, is_plain: bool) -> Config:
+    """The configuration as the lean decoder needs it, without transformers, where it is plain; else as `make_config` has it."""
+    plain = read_plain(raw) if is_plain else None
+    return plain if plain is not None and Decoder.supports(plain) else make_config(raw, path)
 
 
 def make_config(raw: Mapping[str, Any], path: Path) -> PreTrainedConfig:
@@ -166,8 +177,6 @@ def make_config(raw: Mapping[str, Any], path: Path) -> PreTrainedConfig:
 def _make_model(
     settings: ModelSettings, parts: _Parts, path: Path, *, dtype: torch.dtype, device: torch.device
 ) -> Model:
-    from hotgraph_server.models.decoder import Decoder  # imports what little of transformers the configuration did not
-
     config, max_context = parts.config, settings.max_context
     is_supported = Decoder.supports(config)
     if settings.runner == "decoder" and (parts.weights is None or not is_supported):
@@ -179,6 +188,7 @@ def _make_model(
             return Decoder.from_config(config, parts.weights, dtype=dtype, device=device, max_context=max_context)
         from hotgraph_server.models.bridge import Bridge
 
+        assert not isinstance(config, PlainConfig), "what the decoder knows it runs"
         model = read_model(path, config, dtype)
         torch.nn.Module.to(model, device)  # in place
         return Bridge(model, max_context=max_context)
@@ -201,12 +211,12 @@ def _token_ids(value: Any, path: Path) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _check_max_context(settings: ModelSettings, config: PreTrainedConfig, path: Path) -> None:
+def _check_max_context(settings: ModelSettings, config: Config, path: Path) -> None:
     text_config = config.get_text_config()
     own = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", None)
     if own is not None and settings.max_context is not None and settings.max_context > own:
         raise ModelLoadError(f"model.max_context is {settings.max_context}, but {path} has a context of {own} tokens")
 
 
-def _vocabulary_size(config: PreTrainedConfig) -> int:
+def _vocabulary_size(config: Config) -> int:
     return int(config.get_text_config().vocab_size)

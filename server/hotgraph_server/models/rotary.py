@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hotgraph_server.errors import ModelLoadError
-from hotgraph_server.models.shape import DecoderShape
+from hotgraph_server.models.shape import Config, DecoderShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +19,7 @@ class Rotary:
     context_length: int
 
 
-def rotary(config: PretrainedConfig, shape: DecoderShape, max_context: int | None) -> Rotary:
+def rotary(config: Config, shape: DecoderShape, max_context: int | None) -> Rotary:
     """The frequencies for contexts up to `max_context` (None: the model's own). Raises ModelLoadError.
 
     Two kinds depend on the length of the text in transformers. "dynamic" does so only beyond the model's own context, which
@@ -35,7 +33,7 @@ def rotary(config: PretrainedConfig, shape: DecoderShape, max_context: int | Non
     if kind == "longrope":
         original = parameters["original_max_position_embeddings"]
         context_length = min(max_context or original, context_length)
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=context_length)
+        frequencies, scaling = _frequencies(config, kind, context_length)
     elif kind == "default":
         # Only the families with partial rotary heads honour the factor in this kind.
         factor = parameters.get("partial_rotary_factor", 1.0) if shape.has_partial_rotary else 1.0
@@ -43,8 +41,15 @@ def rotary(config: PretrainedConfig, shape: DecoderShape, max_context: int | Non
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         frequencies, scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     else:
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, scaling = _frequencies(config, kind, None)
     num_turned = 2 * frequencies.numel()
     if num_turned > shape.head_dim or (num_turned < shape.head_dim and not shape.has_partial_rotary):
         raise ModelLoadError(f"rope turns {num_turned} elements of heads that have {shape.head_dim}")
     return Rotary(frequencies, float(scaling), min(max_context or context_length, context_length))
+
+
+def _frequencies(config: Config, kind: str, context_length: int | None) -> tuple[torch.Tensor, float]:
+    """What transformers computes for a kind that is not the plain one."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # slow to import
+
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=context_length)

@@ -7,14 +7,24 @@ makes `DecoderShape.from_config` refuse, so that the bridge runs the model inste
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, TypeAlias
 
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.activation import ACTIVATIONS
+from hotgraph_server.models.plain_config import PlainConfig
 
-_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Config: TypeAlias = "PretrainedConfig | PlainConfig"
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 _ROPE_TYPES = frozenset({"default", "linear", "dynamic", "llama3", "yarn", "longrope"})
 
 
@@ -42,10 +52,10 @@ class DecoderShape:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig) -> DecoderShape:
+    def from_config(cls, config: Config) -> DecoderShape:
         """Raises ModelLoadError, with the reason, when the lean decoder does not know the model exactly."""
         family = config.model_type
-        if family not in _FAMILIES:
+        if family not in _ARCHITECTURES:
             raise ModelLoadError(f"the lean decoder does not know models of type {family!r}")
         if getattr(config, "quantization_config", None) is not None:
             raise ModelLoadError("the lean decoder does not run quantized checkpoints")
@@ -63,7 +73,7 @@ class DecoderShape:
             raise ModelLoadError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads")
         architectures = getattr(config, "architectures", None)
         return cls(
-            architecture=architectures[0] if architectures else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family],
+            architecture=architectures[0] if architectures else _ARCHITECTURES[family],
             vocabulary_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -84,7 +94,7 @@ class DecoderShape:
         )
 
 
-def _windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+def _windows(config: Config) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     num_layers: int = config.num_hidden_layers
     if config.model_type in {"mistral", "phi3"}:
