@@ -21,6 +21,8 @@ GPU_TABLES = {
     "storm": ("benchmarks.gpu.storm", "summary"),
     "interference": ("benchmarks.gpu.interference", "tables"),
     "graphs": ("benchmarks.gpu.graphs", "tables"),
+    "breakdown": ("benchmarks.gpu.breakdown", "tables"),
+    "path": ("benchmarks.gpu.path", "tables"),
 }
 """Where the tables of each of our GPU benchmarks are made: imported when one is asked for, since that needs torch."""
 

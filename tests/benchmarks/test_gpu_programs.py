@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import tables
-from benchmarks.gpu import first_token, graphs, interference, latency, storm
+from benchmarks.gpu import breakdown, first_token, graphs, interference, latency, path, storm
+from benchmarks.gpu.breakdown import Span
 from benchmarks.gpu.oracle import Oracle
 from benchmarks.gpu.report import Report, machine_line
 from benchmarks.gpu.storm import FailureInjector
@@ -131,6 +132,39 @@ def test_interference(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.
     assert all(len(phase["gaps"]["samples_seconds"]) >= 3 * 30 for phase in phases)
     assert [len(row["hit"]["samples_seconds"]) for row in result["results"]["misses"]] == [2, 2]
     assert "captures, back to back" in tables.tables(result)
+
+
+def test_path(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of the way has its times, none is negative, and together they are the time to the first token."""
+    arguments = [*small, "--lengths", "10,40", "--samples", "4", "--gap-ms", "0"]
+    result = run(path.main, arguments, tmp_path / "path.json", monkeypatch)
+    for found in result["results"]["parts"].values():
+        assert list(found) == [name for name, _, _ in path.PARTS]
+        assert all(len(part["samples_seconds"]) == 4 for part in found.values())
+        assert all(seconds >= 0 for part in found.values() for seconds in part["samples_seconds"])
+    assert [end for _, _, end in path.PARTS[:-1]] == [begin for _, begin, _ in path.PARTS[1:]]
+    assert "| launch |" in tables.tables(result)
+
+
+def test_spans_of_a_step_add_up() -> None:
+    """Time is counted by kernel, overlaps once in all, and gaps only where they are of the step."""
+    spans = [Span("a", 0.0, 10.0), Span("b", 8.0, 12.0), Span("a", 15.0, 20.0), Span("c", 5000.0, 5002.0)]
+    table = breakdown.table_of(spans, 2)
+    assert {kernel["name"]: (kernel["us"], kernel["calls"]) for kernel in table["kernels"]} == {
+        "a": (7.5, 1.0),
+        "b": (2.0, 0.5),
+        "c": (1.0, 0.5),
+    }
+    assert (table["busy_us"], table["gaps_us"]) == (19.0 / 2, 3.0 / 2)
+
+
+def test_names_of_kernels_tell_them_apart() -> None:
+    """Namespaces and parameters go; the functor of a template stays."""
+    name = (
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul> >(int)"
+    )
+    assert breakdown.short_name(name) == "vectorized_elementwise_kernel FillFunctor"
+    assert breakdown.short_name("_rms_norm_kernel") == "_rms_norm_kernel"
 
 
 def test_graphs(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
