@@ -99,7 +99,7 @@ async def test_more_kv_cache_than_memory_is_said(folder: Path) -> None:
     wanted = settings(folder)
     wanted = wanted.model_copy(update={"kv_cache": KvCacheSettings(size_bytes=1 << 45)})
     async with process(wanted, PROGRAM) as daemon:
-        await daemon.logged("no memory for the engine's buffers")
+        await daemon.logged("no memory for a KV cache")
         assert await daemon.ended() == 78
 
 
