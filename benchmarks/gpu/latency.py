@@ -38,6 +38,7 @@ from hotgraph_client import Client, Finished, GraphKey, Receipt, SamplerVariant,
 
 NUM_CHECKED_TOKENS = 8
 WARM_UPS = 3
+EAGER_SHARE = 0.1  # of the steps of a batch, while its streams join
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,7 @@ async def measure(arguments: argparse.Namespace, report: Report, loaded: Loaded)
         keys += [service.decode_key(batch) for batch in (1, *arguments.batches)]
         infos = await service.warm(keys)
         report.check("every graph asked for was captured", is_passed=not failures(infos), detail=failures(infos))
+        await service.settle()  # the engine's own
         ttft = {str(length): await _lone(service, arguments, report, length, source) for length in arguments.lengths}
         tpot = {str(batch): await _steady(service, arguments, report, batch, source) for batch in arguments.batches}
         return {"ttft": ttft, "tpot": tpot, "graphs": [str(info.name) for info in infos]}
@@ -112,6 +114,7 @@ async def _steady(
     vocabulary_size = service.engine.info.vocabulary_size
     per_stream: list[float] = []
     gaps: list[float] = []
+    num_steps = num_eager = 0
     for index in range(1 + arguments.rounds):
         if index == 1:
             await service.settle()  # what the first round asked for on the way to the steady state
@@ -132,7 +135,12 @@ async def _steady(
         round_per_stream, round_gaps = steady_part([completion.token_seconds for completion in completions])
         per_stream += round_per_stream
         gaps += round_gaps
+        receipts = [completion.receipt for completion in completions if completion.receipt is not None]
+        num_steps += sum(receipt.num_steps for receipt in receipts)
+        num_eager += sum(receipt.num_eager_steps for receipt in receipts)
     report.check(f"a batch of {batch} was steady", is_passed=bool(per_stream), detail="no time at which all decoded")
+    share = num_eager / max(1, num_steps)
+    report.check(f"a batch of {batch} was replayed", is_passed=share <= EAGER_SHARE, detail=f"{share:.1%} ran eagerly")
     found = {"tpot": summary_of(per_stream), "gaps": summary_of(gaps)}
     say(f"in process, TPOT at batch {batch}: {milliseconds(found['tpot'])} ms")
     return found

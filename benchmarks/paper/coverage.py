@@ -148,6 +148,7 @@ async def _walk(service: Service, bench: Bench, walk: Sequence[int]) -> tuple[li
     """TTFT of each prompt, and the cache's counts, under a budget of so many graphs of the middle size."""
     infos = await service.warm([service.prompt_key(length) for length in (16, 64, 256)])
     sizes = sorted(info.size_bytes for info in infos if info.state is GraphState.READY)
+    await service.settle()
     service.evict_all()
     before = service.engine.graphs.stats()
     service.engine.graphs.update_budget(limit_bytes=max(1, bench.arguments.budget_graphs * sizes[len(sizes) // 2]))
@@ -191,6 +192,7 @@ async def coverage(bench: Bench) -> None:
         rows.append(_coverage_row(name, found[name]))
     async with serving_lone(bench) as service:
         keys = [service.prompt_key(length) for length in range(1, arguments.longest + 1)]
+        await service.settle()
         begin_seconds = time.perf_counter()
         infos = await service.warm(keys)
         seconds = time.perf_counter() - begin_seconds

@@ -175,6 +175,11 @@ class CudaBackend:
         self._let_go()
 
     def _let_go(self) -> None:
+        try:
+            if self._warm_up_stream is not None:
+                self._runtime.synchronize_stream(self._warm_up_stream)
+        except CudaCallError:
+            self._torch.keep_pool()  # on a lost device, which nobody may have noticed yet, giving it back would abort
         for spare in self._spares:
             self._leave("an executable", self._runtime.destroy_executable, spare.handle)
         for stream in (self._capture_stream, self._warm_up_stream):

@@ -14,12 +14,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import uvloop
 
@@ -40,6 +39,7 @@ from hotgraph_server.rpc.graph import fitting_profile
 from hotgraph_server.rpc.watch import EventHub
 from hotgraph_server.scheduler import Scheduler
 from hotgraph_server.text import ByteTokenizer, Tokenizer
+from hotgraph_server.threads import in_daemon_thread
 
 __all__ = ["TRANSITIONS", "Daemon", "DaemonState", "ExitStatus", "Parts", "build_parts", "run", "serve"]
 
@@ -54,8 +54,6 @@ CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer
 PROFILE_ENTRIES: Final = 1000
 # How long a thread that computes in Python may keep the others waiting: captures record in one, beside those that serve.
 SWITCH_INTERVAL_SECONDS: Final = 0.0005
-
-Result = TypeVar("Result")
 
 
 class ExitStatus(enum.IntEnum):
@@ -94,7 +92,7 @@ async def build_parts(settings: Settings, clock: Clock) -> Parts:
     """
     if settings.model.source == FAKE_SOURCE:
         return _fake_parts(settings, clock)
-    return await _in_daemon_thread("hotgraph-load", lambda: _torch_parts(settings, clock))
+    return await in_daemon_thread(lambda: _torch_parts(settings, clock), name="hotgraph-load")
 
 
 def _fake_parts(settings: Settings, clock: Clock) -> Parts:
@@ -132,31 +130,6 @@ def _torch_parts(settings: Settings, clock: Clock) -> Parts:
     load_seconds = clock.monotonic() - begin_seconds
     engine = TorchEngine(loaded, settings, clock=clock, load_seconds=load_seconds)
     return Parts(engine, loaded.tokenizer, loaded.model_id)
-
-
-async def _in_daemon_thread(name: str, work: Callable[[], Result]) -> Result:
-    """Runs blocking work in a thread of its own that does not keep the process alive when nobody waits any more."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def finish(result: Result | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]  # None only with an error
-
-    def body() -> None:
-        try:
-            result, error = work(), None
-        except BaseException as raised:
-            result, error = None, raised
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return await done
 
 
 class Daemon:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GPTNeoConfig, LlamaConfig
 
 from graphcache import GraphState
 from graphcache.backends.cuda import CudaBackend, CudaCaptured
 from hotgraph_server.batch import Sampler, StepKey
 from hotgraph_server.config import GraphSettings
+from hotgraph_server.models.bridge import Bridge
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.interface import Model
 from hotgraph_server.request import Request, SamplingParams, StopParams
-from tests.gpu.serving import Service, eager, same_or_tied, service
+from tests.gpu.serving import TIES, Service, eager, same_or_tied, service
 from tests.server.models.driver import random_model, random_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(280)]
@@ -182,6 +184,46 @@ async def test_seeded_sampling_through_graphs(sampling: SamplingParams) -> None:
         num_equal = sum(one.ids == other.ids for one, other in zip(found, expected, strict=True))
         print(f"{num_equal} of {len(wanted)} equal")
         assert num_equal >= len(wanted) - 1
+
+
+async def test_models_whose_work_the_host_shapes_run_without_graphs() -> None:
+    """A model of transformers that computes texts anew is never captured, and gives transformers' own tokens."""
+    own = random_model(
+        GPTNeoConfig(
+            vocab_size=300,
+            hidden_size=64,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global"], 2]],
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    model: Model = Bridge(torch.nn.Module.to(copy.deepcopy(own), CUDA))
+    async with service(model, num_slots=8) as served:
+        assert served.engine.graphs.backend.name == "eager"
+        prompts = [random_tokens(length, 300, seed=length) for length in (1, 5, 17, 40)]
+        wanted = [
+            Request(
+                f"r{index}",
+                tuple(prompt),
+                12,
+                sampling=SamplingParams(temperature=0.0),
+                stop=StopParams(ignore_eos=True),
+                omit_text=True,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        for _ in range(2):  # the second time what was asked for the first time is there
+            found = await served.complete_all(wanted, at_once=4)
+            await served.settle()
+            for prompt, completion in zip(prompts, found, strict=True):
+                text = list(prompt)
+                for token_id in completion.ids:
+                    logits = own(torch.tensor([text])).logits[0, -1]
+                    assert logits.max() - logits[token_id] < TIES[torch.float32]
+                    text.append(token_id)
 
 
 class Sabotage(CudaBackend):

@@ -41,6 +41,7 @@ from hotgraph_server.engine.thread import Deferred, ForwardThread
 from hotgraph_server.errors import EngineFailedError, ModelLoadError, SettingsError
 from hotgraph_server.models.interface import Model
 from hotgraph_server.request import TokenLogprobs
+from hotgraph_server.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class TorchEngine:
         run_ahead: int | None = None,
         load_seconds: float = 0.0,
     ) -> None:
-        """`backend` is by default CUDA's on a GPU, else the eager one; `run_ahead` 1 there and 0 here.
+        """`backend` is by default CUDA's on a GPU, if the model can be captured, else the eager one; `run_ahead` 1 there and
+        0 here.
 
         Raises SettingsError when the padding asked for does not go with the backend.
         """
@@ -90,7 +92,8 @@ class TorchEngine:
         self._clock: Clock = clock or SystemClock()
         self._device = loaded.model.device
         is_cuda = self._device.type == "cuda"
-        self._backend: Backend = backend or (_cuda_backend(self._device) if is_cuda else EagerBackend())
+        can_capture = is_cuda and loaded.model.is_capturable
+        self._backend: Backend = backend or (_cuda_backend(self._device) if can_capture else EagerBackend())
         self._run_ahead = int(is_cuda) if run_ahead is None else run_ahead
         self._load_seconds = load_seconds
         self._is_padded = _is_padded(settings, self._backend)
@@ -100,7 +103,7 @@ class TorchEngine:
             max_step_tokens=scheduler.max_step_tokens,
             max_padding_ratio=settings.graphs.max_padding_ratio,
         )
-        self._core = self._core_keys() if is_cuda and self._is_padded else frozenset()
+        self._core = self._core_keys() if can_capture and self._is_padded else frozenset()
         self._thread = ForwardThread(self._device)
         self._info: EngineInfo | None = None
         self._cache: GraphCache[StepKey] | None = None
@@ -127,9 +130,16 @@ class TorchEngine:
         self._thread.start()
         try:
             await self._thread.submit(self._allocate)
-        except BaseException:
-            await asyncio.to_thread(self._thread.close)
+        except (
+            asyncio.CancelledError
+        ):  # the daemon is to end; its own `close` waits for the thread, as long as it likes
+            self._is_closed = True
             raise
+        except BaseException:
+            self._is_closed = True
+            await in_daemon_thread(self._thread.close)
+            raise
+        self.graphs.start()
 
     def step(self, batch: Batch) -> Awaitable[StepOutput]:
         info = self.info
@@ -152,8 +162,8 @@ class TorchEngine:
                 await self._thread.submit(lambda: None)  # behind all outstanding steps
         if self._cache is not None:
             # Before the forward thread: a verification under way waits for that one.
-            await asyncio.to_thread(self._cache.close)
-        await asyncio.to_thread(self._thread.close)
+            await in_daemon_thread(self._cache.close)
+        await in_daemon_thread(self._thread.close)
 
     def _note_done(self) -> None:
         self._num_outstanding -= 1
@@ -225,9 +235,11 @@ class TorchEngine:
         )
         cache.set_kv_bytes(kv_cache.size_bytes)
         self._chooser = GraphChooser(cache, self._buckets, self._clock, is_padded=self._is_padded)
-        self._warm_up()
+        try:
+            self._warm_up()
+        except RuntimeError as error:
+            raise ModelLoadError(f"a first step failed: {error}") from error
         self._queue_core(cache)
-        cache.start()
         self._cache = cache
         self._info = EngineInfo(
             model_id=self._loaded.model_id,
@@ -251,21 +263,17 @@ class TorchEngine:
         )
 
     def _warm_up(self) -> None:
-        """A few tokens in the scratch slot through every sampler: no request pays for libraries that set themselves up.
-
-        On a GPU kernels differ with the number of rows, too, and are compiled and loaded at their first use.
-        """
+        """A few tokens in the scratch slot: no request pays for libraries that set themselves up."""
         live, slot = self._live, self._live.slots.scratch_slot
-        num_slots = self._settings.scheduler.num_slots
-        steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 3)]
+        scheduler = self._settings.scheduler
+        is_cuda = self._device.type == "cuda"
         with torch.inference_mode():
-            if is_cuda := self._device.type == "cuda":
+            if is_cuda:
                 torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
-                steps += [(Sampler.GREEDY, [1] * 2**power) for power in range(1, num_slots.bit_length())]
-            for sampler, lengths in steps:
+            for sampler, lengths in warm_up_steps(scheduler.num_slots, scheduler.max_step_tokens, is_cuda=is_cuda):
                 rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
                 live.fill(Batch(step=0, rows=rows, sampler=sampler), sum(lengths), len(rows))
-                self._program.run(live, sum(lengths), len(rows), sampler)
+                self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)
                 live.buffers.note_run()
                 if is_cuda:  # before the next one is filled in, and before the shadow is used from another stream
                     torch.cuda.synchronize(self._device)
@@ -348,6 +356,21 @@ class TorchEngine:
         self._last_done_seconds = now
         receipt = self._chooser.finish(batch, choice, seconds)
         return StepOutput(batch.step, token_ids, receipt, logprobs, failed_rows)
+
+
+def warm_up_steps(num_slots: int, max_step_tokens: int, *, is_cuda: bool) -> list[tuple[Sampler, list[int]]]:
+    """The steps that are run before the first request: sampler, and the tokens of each row.
+
+    On a GPU kernels differ with the number of rows and are compiled and loaded at their first use, so there are steps of all
+    orders of size; and the largest, since the memory that a step takes in passing stays with its stream.
+    """
+    steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 3)]
+    if is_cuda:
+        max_rows = min(num_slots, max_step_tokens)
+        row_counts = [2**power for power in range(1, max_rows.bit_length()) if 2**power < max_rows]
+        steps += [(Sampler.GREEDY, [1] * num_rows) for num_rows in row_counts]
+        steps += [(Sampler.FILTERED, [1] * max_rows), (Sampler.GREEDY, [max_step_tokens])]
+    return steps
 
 
 def _cuda_backend(device: torch.device) -> Backend:

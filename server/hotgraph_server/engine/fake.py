@@ -20,6 +20,7 @@ from hotgraph_server.engine.replay import GraphChooser
 from hotgraph_server.engine.token_rules import TokenRule, hash_rule
 from hotgraph_server.errors import EngineFailedError
 from hotgraph_server.request import TokenLogprobs
+from hotgraph_server.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class FakeEngine:
         if self._task is not None:
             await self._task
         if self._cache is not None:
-            await asyncio.to_thread(self._cache.close)
+            await in_daemon_thread(self._cache.close)
 
     def _sample(self, batch: Batch) -> tuple[list[int | None], list[int]]:
         """The tokens of the batch's rows, and the rows that fail. Known as soon as the batch is: they are pure functions."""

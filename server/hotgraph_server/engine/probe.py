@@ -23,17 +23,19 @@ class ProbeLayout:
         self._vocabulary_size = vocabulary_size
 
     def batch(self, key: StepKey, slot: int) -> Batch:
-        """A step that fills the key's shape, or as much of it as there are positions; the rest is padding."""
-        num_tokens = min(key.tokens, key.rows * self._end)
-        longest = -(-num_tokens // key.rows)
-        num_long = num_tokens - key.rows * (longest - 1)
-        prefix = min(self._prefix, self._end - longest)
+        """A step that fills the key's shape, or as much of it as there are positions; the rest is padding.
+
+        No two rows share a position: kernels may differ in how they round, and either might write it last.
+        """
+        prefix = min(self._prefix, max(0, self._end - key.tokens))
+        num_tokens = min(key.tokens, self._end - prefix)
+        num_rows = min(key.rows, num_tokens)
+        longest = -(-num_tokens // num_rows)
+        num_long = num_tokens - num_rows * (longest - 1)
         rows = []
         start = prefix
-        for index in range(key.rows):
+        for index in range(num_rows):
             length = longest if index < num_long else longest - 1
-            if start + length > self._end:
-                start = prefix
             rows.append(Row(slot, start, length, self._ids(start, length), True))
             start += length
         sampling = SamplingParams(temperature=0.0 if key.sampler is Sampler.GREEDY else 0.8)

@@ -148,7 +148,7 @@ class StepProgram:
 
         self._backend.warm_up(fill)
         run_apart(work)
-        return shadow.buffers.results(shadow.buffers.note_run(), key.rows)
+        return shadow.buffers.results(shadow.buffers.note_run(), len(batch.rows))
 
     def _probe_live(self, key: StepKey, replay: Callable[[], None]) -> Deferred[StepResults]:
         """On the forward thread, which does not wait for it."""
@@ -160,7 +160,7 @@ class StepProgram:
             replay()
             number = live.buffers.note_run()
             live.buffers.counter.fill_(number + 1)  # whatever it did, the next run is counted right
-        return self._thread.after_launched(lambda: live.buffers.results(number, key.rows))
+        return self._thread.after_launched(lambda: live.buffers.results(number, len(batch.rows)))
 
 
 def _difference(found: StepResults, expected: StepResults) -> str:

@@ -164,10 +164,13 @@ class SlotTables:
 
     def _reset_counts(self, assignment: SlotAssignment) -> None:
         """Only for sequences with penalties: nobody reads the counts of the others."""
-        in_prompt, counts = self.in_prompt[assignment.slot], self.counts[assignment.slot]
-        device = counts.device
-        in_prompt.zero_()
-        in_prompt[torch.tensor(assignment.prompt_token_ids, dtype=torch.int64, device=device)] = True
-        counts.zero_()
-        completion = torch.tensor(assignment.completion_token_ids, dtype=torch.int64, device=device)
-        counts.index_add_(0, completion, torch.ones_like(completion, dtype=torch.int32))
+        in_prompt = np.zeros(self.vocabulary_size, np.bool_)
+        in_prompt[np.asarray(assignment.prompt_token_ids, np.int64)] = True
+        completion = np.asarray(assignment.completion_token_ids, np.int64)
+        counts = np.bincount(completion, minlength=self.vocabulary_size).astype(np.int32)
+        for table, row in ((self.in_prompt, in_prompt), (self.counts, counts)):
+            host = torch.from_numpy(row)
+            if table.is_cuda:
+                # Pinned memory that torch takes back once the copy is over: the host does not wait for it.
+                host = host.pin_memory()
+            table[assignment.slot].copy_(host, non_blocking=True)

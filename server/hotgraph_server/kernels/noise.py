@@ -106,7 +106,7 @@ def gumbel_noise(
     if token_ids is not None:
         return _noise(token_ids.to(torch.int32), keys)
     everything = torch.arange(vocabulary_size, dtype=torch.int32, device=seeds.device)
-    chunk_rows = max(1, _CHUNK_ELEMENTS // vocabulary_size)
+    chunk_rows = max(1, _CHUNK_ELEMENTS // vocabulary_size) if seeds.device.type == "cpu" else num_rows
     if num_rows <= chunk_rows:
         return _noise(everything, keys)
     noise = torch.empty(num_rows, vocabulary_size, dtype=torch.float32, device=seeds.device)

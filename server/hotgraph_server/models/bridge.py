@@ -181,6 +181,11 @@ class Bridge:
             self.kv_layout = [LayerKv(1, 2, 1)]
             _logger.info("%s computes every text anew: %s", self.architecture, self.recompute_reason)
 
+    @property
+    def is_capturable(self) -> bool:
+        """Texts that are computed anew are as long as the host says."""
+        return self.is_paged and self.device.type != "cpu"
+
     def arena(self, max_tokens: int, max_rows: int) -> None:
         """None: transformers makes its own tensors."""
 

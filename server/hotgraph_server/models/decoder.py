@@ -83,6 +83,11 @@ class Decoder:
         self._rope_table = rope_table
         self._scaling = shape.head_dim**-0.5
 
+    @property
+    def is_capturable(self) -> bool:
+        """With an arena, which every device but the CPU has."""
+        return self.device.type != "cpu"
+
     @staticmethod
     def supports(config: Config) -> bool:
         """Whether this decoder computes exactly what transformers does for such a config."""

@@ -89,6 +89,11 @@ class Model(Protocol):
     weights_bytes: int
     kv_layout: Sequence[LayerKv]
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether nothing that the host knows of a step shapes the work, so that a graph may hold it."""
+        ...
+
     def arena(self, max_tokens: int, max_rows: int) -> Arena | None:
         """Room for steps of up to so many tokens and rows, padding included; None when this model makes its tensors as it goes.
 

@@ -13,6 +13,7 @@ import graphcache
 from graphcache import Clock, GraphCache, GraphInfo, GraphState, Priority
 from hotgraph.v1 import graph_service_pb2, graph_service_pb2_grpc
 from hotgraph_server.batch import StepKey
+from hotgraph_server.engine.failure import engine_failed
 from hotgraph_server.errors import GraphNotFoundError, NotPossibleError
 from hotgraph_server.rpc import validate
 from hotgraph_server.rpc.lifecycle import Lifecycle, ServedModel
@@ -228,3 +229,5 @@ def _graph_errors(name: str) -> Iterator[None]:
         raise GraphNotFoundError(name or graphs.graph_name(error.name)) from None
     except graphcache.GraphStateError as error:
         raise NotPossibleError(str(error)) from None
+    except (graphcache.DeviceLostError, graphcache.CacheClosedError):
+        raise engine_failed() from None

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphcache import Clock, Event, EventType, Priority, SystemClock
+from graphcache import CacheClosedError, Clock, DeviceLostError, Event, EventType, Priority, SystemClock
 from hotgraph_server.batch import StepKey, StepOutput
 from hotgraph_server.config import SchedulerSettings
+from hotgraph_server.engine.failure import engine_failed
 from hotgraph_server.engine.interface import Engine
 from hotgraph_server.errors import (
     CancelledRequestError,
@@ -99,9 +100,10 @@ class Scheduler:
         loop = asyncio.get_running_loop()
 
         def on_graph_event(event: Event[StepKey]) -> None:  # called on the capture thread
-            if event.type is EventType.PUBLISHED:
+            is_lost = event.type is EventType.FAILED and self._engine.graphs.lost is not None
+            if is_lost or event.type is EventType.PUBLISHED:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed already when the daemon stops
-                    loop.call_soon_threadsafe(self._wake.set)
+                    loop.call_soon_threadsafe(self._lose if is_lost else self._wake.set)
 
         self._engine.graphs.add_listener(on_graph_event)
         self._task = loop.create_task(self._run(), name="scheduler")
@@ -318,8 +320,17 @@ class Scheduler:
     def _forget(self, ticket: Ticket) -> None:
         self._tickets.pop(ticket.request.request_id, None)
 
+    def _lose(self) -> None:
+        """A capture found that the device is lost, before a step did."""
+        if self._failure is None:
+            self._fail(engine_failed())
+            self._wake.set()
+
     def _fail(self, error: HotgraphError) -> None:
         self._failure = error
+        for step in self._in_flight:
+            # They fail as well, or not; nobody asks any more.
+            step.result.add_done_callback(lambda result: result.cancelled() or result.exception())
         self._in_flight.clear()
         self.end_all(error)
         self._idle.set()
@@ -346,8 +357,11 @@ class Scheduler:
         if policy.mode is not GraphMode.WAIT_UP_TO:
             return
         missing = self._admission.missing_graphs(ticket.request)
-        for key in missing:
-            self._engine.graphs.request(key, Priority.WAITED)
+        try:
+            for key in missing:
+                self._engine.graphs.request(key, Priority.WAITED)
+        except (CacheClosedError, DeviceLostError):
+            raise engine_failed() from None
         if missing:
             ticket.wait_until = ticket.accept_time + policy.max_wait_seconds
             asyncio.get_running_loop().call_later(policy.max_wait_seconds, self._wake.set)

@@ -465,6 +465,15 @@ def test_a_rehearsal_that_breaks_leaves_nothing(rig: Rig) -> None:
     rig.check_clean()
 
 
+def test_close_keeps_the_pool_of_a_device_that_is_lost(rig: Rig) -> None:
+    """When the device was lost and no capture noticed, closing finds out before it would give memory back."""
+    rig.capture("a")
+    rig.runtime.is_lost = True
+    rig.backend.close()  # logs what it has to leave behind
+    assert rig.torch.is_kept
+    assert rig.runtime.calls[-1] == "close"
+
+
 def test_close_gives_everything_back(rig: Rig) -> None:
     """After close there is no executable, no stream of ours and no pool, whatever fails on the way."""
     for index in range(3):

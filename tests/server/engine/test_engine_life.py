@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import random
 import threading
@@ -14,7 +16,8 @@ from graphcache import EagerBackend, FakeBackend, GraphState
 from graphcache.backends.fake import FakeCaptured
 from hotgraph_server.batch import Batch, Row, Sampler, StepKey
 from hotgraph_server.engine import TorchEngine
-from hotgraph_server.errors import EngineFailedError
+from hotgraph_server.engine.engine import warm_up_steps
+from hotgraph_server.errors import EngineFailedError, ModelLoadError
 from hotgraph_server.request import SamplingParams
 from tests.server.engine.conftest import MakeEngine, tiny_settings
 from tests.server.engine.driver import Driver, Track
@@ -53,6 +56,52 @@ async def test_too_many_outstanding_steps_are_refused(make_engine: MakeEngine) -
     with pytest.raises(AssertionError, match="outstanding"):
         engine.step(driver.batch([(sequence, None)]))
     await first
+
+
+async def test_a_start_that_is_given_up_is_closed_like_any_other() -> None:
+    """When the daemon is to end while the engine allocates, closing waits for that and leaves no thread."""
+    gate, entered = threading.Event(), threading.Event()
+
+    class Slow(TinyModel):
+        def arena(self, max_tokens: int, max_rows: int) -> None:
+            entered.set()
+            assert gate.wait(10)
+
+    engine = TorchEngine(Tiny(Slow()), tiny_settings())
+    starting = asyncio.create_task(engine.start())
+    await asyncio.to_thread(entered.wait, 10)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    gate.set()
+    await asyncio.wait_for(closing, 10)
+    assert not any(thread.name in ("forward", "graphcache-capture") for thread in threading.enumerate())
+
+
+async def test_a_first_step_that_fails_is_a_model_that_does_not_load() -> None:
+    """What the first step raises is told as ModelLoadError, and leaves no thread."""
+    model = TinyModel()
+    model.error = torch.OutOfMemoryError("no room")
+    with pytest.raises(ModelLoadError, match="a first step failed"):
+        await TorchEngine(Tiny(model), tiny_settings()).start()
+    assert not any(thread.name in ("forward", "graphcache-capture") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("num_slots", "max_step_tokens"), [(64, 512), (64, 32), (1, 16), (48, 48), (100, 2048)])
+def test_the_steps_before_the_first_request(num_slots: int, max_step_tokens: int) -> None:
+    """They fit the buffers, go through every sampler, and on a GPU through all orders of rows and the largest step."""
+    for is_cuda in (False, True):
+        steps = warm_up_steps(num_slots, max_step_tokens, is_cuda=is_cuda)
+        assert {sampler for sampler, _ in steps} == set(Sampler)
+        assert all(len(lengths) <= num_slots for _, lengths in steps)
+        assert all(sum(lengths) <= max_step_tokens for _, lengths in steps)
+    decoded = {len(lengths) for _, lengths in steps if set(lengths) == {1}}
+    assert max(decoded) == min(num_slots, max_step_tokens)
+    assert all(2 * smaller >= larger for smaller, larger in itertools.pairwise(sorted(decoded)))
+    assert max(sum(lengths) for _, lengths in steps) == max_step_tokens
 
 
 async def test_receipts_tell_the_truth(make_engine: MakeEngine) -> None:
@@ -158,7 +207,8 @@ async def test_close_ends_its_threads() -> None:
     await engine.close()
     assert [(await step).step for step in steps] == [0, 1]
     left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
-    assert not [thread for thread in left if not thread.name.startswith("asyncio")]
+    # Those that waited for the engine's own have nothing left to do.
+    assert not [thread for thread in left if not thread.name.startswith(("asyncio", "hotgraph-blocking"))]
 
 
 async def test_engine_that_never_started_closes() -> None:

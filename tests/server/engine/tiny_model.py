@@ -42,6 +42,8 @@ class TinyModel:
         self.error: Exception | None = None
         self.shapes: list[tuple[int, int]] = []  # (tokens, rows) of every forward
 
+    is_capturable = False
+
     def arena(self, max_tokens: int, max_rows: int) -> None:
         """It allocates as it goes."""
 

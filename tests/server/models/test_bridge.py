@@ -108,6 +108,7 @@ def test_the_fast_way_is_taken_where_it_is_right(name: str) -> None:
     """Models that take transformers' attention interface run over the paged cache, the others compute texts anew."""
     model = bridge(name)
     assert model.is_paged == (name in PAGED), model.recompute_reason
+    assert not model.is_capturable  # on the CPU nothing is
     assert bool(model.recompute_reason) == (name in ANEW)
 
 

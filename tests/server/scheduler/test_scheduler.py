@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from graphcache import DeviceLostError, FakeBackend
+from graphcache.backends.fake import FakeCaptured
 from hotgraph_server.engine.token_rules import History, echo_rule, hash_rule
 from hotgraph_server.errors import (
     CancelledRequestError,
@@ -242,6 +244,26 @@ async def test_an_engine_failure_ends_all_and_is_told(house: Make) -> None:
     for stream in streams:
         with pytest.raises(EngineFailedError):
             await read(stream)
+    with pytest.raises(EngineFailedError):
+        made.scheduler.submit(request("late"))
+    assert len(told) == 1
+
+
+class Lost(FakeBackend):
+    """A backend on a device that is lost."""
+
+    def capture(self, name: str, work: Callable[[], None]) -> FakeCaptured:
+        raise DeviceLostError("the device is lost")
+
+
+async def test_a_device_that_a_capture_finds_lost_is_told(house: Make) -> None:
+    """Nobody waits for a request to fail of it: what runs ends, what comes is refused, and the daemon hears of it once."""
+    made = await house(backend=Lost(), step_seconds=0.001)
+    told: list[HotgraphError] = []
+    made.scheduler.on_failure = told.append
+    stream = made.scheduler.submit(request("r", max_tokens=500))  # its first miss asks for a capture
+    with pytest.raises(EngineFailedError):
+        await read(stream)
     with pytest.raises(EngineFailedError):
         made.scheduler.submit(request("late"))
     assert len(told) == 1
