@@ -25,9 +25,9 @@ async def ttft(bench: Bench) -> None:
             async with MODES[name](bench) as mode:
                 tokens[name] = {}
                 modes[name] = {"lengths": await _ttft_of(bench, name, mode, tokens[name])}
-        except NotRunError as error:
-            modes[name] = {"not_run": str(error)}
-            say(f"{name}: not run, {error}")
+        except (NotRunError, RuntimeError) as error:
+            modes[name] = _not_run(bench, name, error)
+            tokens.pop(name, None)
     bench.report.results["ttft"] = modes
     _check_tokens(bench, tokens)
     lengths = arguments.lengths
@@ -39,6 +39,16 @@ async def ttft(bench: Bench) -> None:
     bench.add_table(Table("ttft", title, ("prompt tokens", *names), means, note))
     title = f"Time to first token, ms: p99 of {arguments.p99_iterations} iterations"
     bench.add_table(Table("ttft-p99", title, ("prompt tokens", *names), tails, note))
+
+
+def _not_run(bench: Bench, name: str, error: Exception) -> dict[str, Any]:
+    """What stands for a mode that cannot do what is asked, or failed at it: then a check fails, and the others go on."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if not isinstance(error, NotRunError):
+        bench.report.check(f"{name} ran", is_passed=False, detail=reason)
+        bench.free()
+    say(f"{name}: not run, {reason}")
+    return {"not_run": reason}
 
 
 async def _ttft_of(bench: Bench, name: str, mode: Mode, tokens: dict[int, int]) -> dict[str, Any]:
@@ -125,9 +135,8 @@ async def decode(bench: Bench) -> None:
         try:
             async with MODES[name](bench) as mode:
                 modes[name], texts[name] = await _decode_of(bench, mode)
-        except NotRunError as error:
-            modes[name] = {"not_run": str(error)}
-            say(f"{name}: not run, {error}")
+        except (NotRunError, RuntimeError) as error:
+            modes[name] = _not_run(bench, name, error)
     bench.report.results["decode"] = modes
     check_texts(bench, bench.prompt(first, 0), texts)
     rows: list[list[Cell]] = []
