@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
-from hotgraph_server.kernels.attention_kernels import decode_kernel, tile_kernel
+from hotgraph_server.kernels.attention_decode import decode_kernel
+from hotgraph_server.kernels.attention_tiles import tile_kernel
 from tests.server.kernels.naive_attention import Case, Problem, attend, make_problem, naive_attention, plan_of
 
 pytestmark = pytest.mark.gpu

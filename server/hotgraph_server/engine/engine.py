@@ -236,7 +236,7 @@ class TorchEngine:
         cache.set_kv_bytes(kv_cache.size_bytes)
         self._chooser = GraphChooser(cache, self._buckets, self._clock, is_padded=self._is_padded)
         try:
-            self._warm_up()
+            self._warm_up(context_length)
         except RuntimeError as error:
             raise ModelLoadError(f"a first step failed: {error}") from error
         self._queue_core(cache)
@@ -262,7 +262,7 @@ class TorchEngine:
             run_ahead=self._run_ahead,
         )
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, context_length: int) -> None:
         """A few tokens in the scratch slot: no request pays for libraries that set themselves up."""
         live, slot = self._live, self._live.slots.scratch_slot
         scheduler = self._settings.scheduler
@@ -270,7 +270,8 @@ class TorchEngine:
         with torch.inference_mode():
             if is_cuda:
                 torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
-            for sampler, lengths in warm_up_steps(scheduler.num_slots, scheduler.max_step_tokens, is_cuda=is_cuda):
+            max_step_tokens = min(scheduler.max_step_tokens, context_length)  # of one row
+            for sampler, lengths in warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda):
                 rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
                 live.fill(Batch(step=0, rows=rows, sampler=sampler), sum(lengths), len(rows))
                 self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)

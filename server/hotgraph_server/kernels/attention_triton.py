@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import triton  # type: ignore[import-untyped]  # it comes without types
 
-from hotgraph_server.kernels.attention_kernels import decode_kernel, tile_kernel
+from hotgraph_server.kernels.attention_decode import decode_kernel
+from hotgraph_server.kernels.attention_tiles import tile_kernel
 
 MAX_SPLITS = 16
 """Programs that may share the keys of one row and KV head."""
