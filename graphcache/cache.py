@@ -80,7 +80,7 @@ class GraphCache(Generic[K]):
 
         From then on lookups find nothing. Not to be called from a listener.
         """
-        self._core.governor.resume()
+        self._core.governor.release()
         self._worker.close()
 
     # The hot path.
@@ -166,8 +166,11 @@ class GraphCache(Generic[K]):
         if self._is_threaded:
             raise RuntimeError("this cache has a capture thread; it needs nobody to run what is pending")
         num_captures = 0
-        while self._worker.state is not WorkerState.CLOSED and self._task.capture_next():
-            num_captures += 1
+        while self._worker.state is not WorkerState.CLOSED:
+            if self._task.capture_next():
+                num_captures += 1
+            elif not self._task.verify_next():
+                break
         return num_captures
 
     def pause(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from graphcache.clock import Clock
 from graphcache.errors import CaptureError, DeviceLostError
+from graphcache.graph import Graph
 from graphcache.interface import Backend, Captured, Program
 
 K = TypeVar("K", bound=Hashable)
@@ -16,6 +18,14 @@ R = TypeVar("R")
 log = logging.getLogger("graphcache")
 
 MISMATCH = "verification found other results than the eager ones"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A program's yes. `is_replayed`: it replayed the graph itself, and need not be asked again."""
+
+    seconds: float
+    is_replayed: bool
 
 
 class MismatchError(CaptureError):
@@ -57,23 +67,30 @@ class Capturer(Generic[K]):
         self._checkpoint()
         return self._guard(f"capturing {name} failed", lambda: self._backend.capture(name, work))
 
-    def verify(self, key: K, name: str, captured: Captured) -> float | None:
-        """Compares a replay with the eager result; returns the seconds it took, None where no replay can differ.
+    def verify(self, key: K, name: str, captured: Captured) -> Verification | None:
+        """Has the program compare it with the eager result; None where no replay can differ.
 
         Raises MismatchError, or CaptureError when it cannot tell; `captured` is destroyed then.
         """
         if not self._backend.needs_verification:
             return None
         try:
-            self._checkpoint()
-            started = self._clock.monotonic()
-            is_equal = self._guard(f"verifying {name} failed", lambda: self._program.verify(key, captured.replay))
-            if not is_equal:
-                raise MismatchError(MISMATCH)
+            return self._compare(key, name, captured.replay)
         except BaseException:
             self.destroy(name, captured)
             raise
-        return self._clock.monotonic() - started
+
+    def verify_again(self, graph: Graph[K]) -> Verification:
+        """The same for a published graph, which the caller has acquired. Raises the same, and destroys nothing."""
+        return self._compare(graph.key, graph.name, graph.replay)
+
+    def _compare(self, key: K, name: str, replay: Callable[[], None]) -> Verification:
+        self._checkpoint()
+        started = self._clock.monotonic()
+        verdict = self._guard(f"verifying {name} failed", lambda: self._program.verify(key, replay))
+        if verdict is not None and not verdict:
+            raise MismatchError(MISMATCH)
+        return Verification(self._clock.monotonic() - started, is_replayed=verdict is not None)
 
     def destroy(self, name: str, captured: Captured) -> None:
         """What it raises is logged: there is nothing else to do."""

@@ -28,6 +28,9 @@ class Entry(Generic[K]):
         self.demand = Demand(now)
         self.graph: Graph[K] | None = None
         self.captured: Captured | None = None
+        self.is_replayed = (
+            True  # by the program that verified it: not while it was only told beside others to be in order
+        )
         self.size_bytes = 0  # as last measured, or as a profile says; 0 when unknown
         self.profile_saved_seconds: float | None = None  # as a profile says, until it is measured
         self.num_failures = 0

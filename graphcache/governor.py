@@ -29,6 +29,7 @@ class Governor:
         )
         self._running = threading.Event()
         self._running.set()
+        self._is_open = True
 
     def __repr__(self) -> str:
         paused = ", paused" if self.is_paused else ""
@@ -50,10 +51,18 @@ class Governor:
         return not self._running.is_set()
 
     def pause(self) -> None:
-        """No capture starts, and one under way stops at its next checkpoint, until `resume`."""
-        self._running.clear()
+        """No capture starts, and one under way stops at its next checkpoint, until `resume`. Nothing after `release`."""
+        if self._is_open:
+            self._running.clear()
+            if not self._is_open:  # released in between
+                self._running.set()
 
     def resume(self) -> None:
+        self._running.set()
+
+    def release(self) -> None:
+        """Whoever waits goes on, for good: the cache is being closed."""
+        self._is_open = False
         self._running.set()
 
     def wait_while_paused(self) -> None:

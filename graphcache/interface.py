@@ -19,10 +19,12 @@ class Program(Protocol[K_contra]):
         """
         ...
 
-    def verify(self, key: K_contra, replay: Callable[[], None]) -> bool:
+    def verify(self, key: K_contra, replay: Callable[[], None]) -> bool | None:
         """Whether `replay` gives the eager result on inputs other than those it was captured with.
 
-        Must not disturb what is being served: it has buffers of its own, or waits for a gap. Raises CaptureError.
+        None: what can be told beside those who are served is in order, and `replay` itself was not run yet. Then the graph
+        is published, and this is asked again once nobody is served. Must not disturb what is being served: it has buffers
+        of its own, or waits for a gap. Raises CaptureError.
         """
         ...
 

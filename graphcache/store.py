@@ -136,8 +136,13 @@ class GraphStore(Generic[K]):
         self._move(entry, GraphState.QUARANTINED)
         self._tell(EventType.QUARANTINED, entry, failure)
 
-    def publish(self, entry: Entry[K], captured: Captured, timings: CaptureTimings) -> None:
-        """It serves from the assignment below on. There must be room: `victims` evicted."""
+    def publish(
+        self, entry: Entry[K], captured: Captured, timings: CaptureTimings, *, is_replayed: bool = True
+    ) -> None:
+        """It serves from the assignment below on. There must be room: `victims` evicted.
+
+        `is_replayed`: its verification needs no second look.
+        """
         now = self._clock.monotonic()
         graph = Graph(
             entry.key,
@@ -149,6 +154,7 @@ class GraphStore(Generic[K]):
             wake=self._wake,
         )
         entry.graph, entry.captured, entry.timings = graph, captured, timings
+        entry.is_replayed = is_replayed
         entry.size_bytes = captured.size_bytes
         entry.num_failures, entry.failure = 0, ""
         entry.publish_time = self._clock.time()
@@ -198,6 +204,10 @@ class GraphStore(Generic[K]):
             entry.pin_expire_monotonic = None
             self.ledger.unpin(entry.size_bytes)
             self._tell(EventType.UNPINNED, entry, detail)
+
+    def unreplayed(self) -> Entry[K] | None:
+        """A ready graph whose verification did not replay it; the one that was published first. None when there is none."""
+        return next((entry for entry in self._ready() if not entry.is_replayed), None)
 
     def take_idle(self) -> list[Retired[K]]:
         """Retired graphs that nothing uses any more: the fence is behind them. The caller destroys and frees them."""

@@ -20,6 +20,8 @@ K = TypeVar("K", bound=Hashable)
 
 log = logging.getLogger("graphcache")
 
+VERIFY_AGAIN_SECONDS = 0.5  # after a second look that could not tell
+
 
 class CaptureTask(Generic[K]):
     """The capture thread's work. All methods run on that thread, or where there is none, on one caller's."""
@@ -30,6 +32,7 @@ class CaptureTask(Generic[K]):
         self._signal = signal
         self._shut_seconds = shut_seconds
         self.lost: DeviceLostError | None = None
+        self._verify_monotonic = core.clock.monotonic()  # no second look before
         self._report_monotonic = core.clock.monotonic() + core.settings.statistics_interval_seconds
 
     def open(self) -> None:
@@ -37,8 +40,9 @@ class CaptureTask(Generic[K]):
         self._capturer.open()
 
     def step(self) -> float:
-        """Captures one graph if one may be captured now, and says 0; else how long there is nothing to do."""
-        return 0.0 if self.capture_next() else self._idle_seconds()
+        """Captures one graph if one may be captured now, or looks again at one, and says 0; else how long there is nothing
+        to do."""
+        return 0.0 if self.capture_next() or self.verify_next() else self._idle_seconds()
 
     def capture_next(self) -> bool:
         """Housekeeping, then at most one capture. Whether there was one, successful or not."""
@@ -59,6 +63,44 @@ class CaptureTask(Generic[K]):
                 return True
             core.store.begin(entry)
         self._capture(entry)
+        self._destroy_idle()
+        return True
+
+    def verify_next(self) -> bool:
+        """While nobody is served: asks again about one published graph that was only told to be in order beside others.
+
+        Whether that said more than before. One that is wrong is withdrawn, and its key quarantined.
+        """
+        core = self._core
+        with core.changing():
+            if core.is_serving or core.governor.is_paused or core.clock.monotonic() < self._verify_monotonic:
+                return False
+            entry = core.store.unreplayed()
+            graph = entry.graph if entry is not None else None
+            if entry is None or graph is None or not graph.acquire():
+                return False
+        failure, verification = "", None
+        try:
+            verification = self._capturer.verify_again(graph)
+        except MismatchError as error:
+            failure = str(error)
+        except CaptureError as error:
+            log.warning("%s could not be verified again: %s", graph.name, error)
+        except DeviceLostError as error:
+            self._lose(error)
+            failure = str(error)
+        graph.release()
+        is_replayed = verification is not None and verification.is_replayed
+        if not (is_replayed or failure):  # it could not be told: somebody came to be served, say
+            self._verify_monotonic = core.clock.monotonic() + VERIFY_AGAIN_SECONDS
+            return False
+        with core.changing():
+            if entry.graph is graph:  # it may be gone meanwhile
+                if failure:
+                    core.store.withdraw(entry, failure)
+                else:
+                    entry.is_replayed = True
+                    core.store.tell_progress(EventType.VERIFIED, entry)
         self._destroy_idle()
         return True
 
@@ -96,7 +138,7 @@ class CaptureTask(Generic[K]):
         core = self._core
         started, waited_seconds = core.clock.monotonic(), core.governor.waited_seconds
         try:
-            captured, timings = self._record(entry, started)
+            captured, timings, is_replayed = self._record(entry, started)
         except MismatchError as error:
             with core.changing():
                 core.store.quarantine(entry, str(error))
@@ -104,44 +146,47 @@ class CaptureTask(Generic[K]):
             with core.changing():
                 core.store.fail(entry, str(error))
         except DeviceLostError as error:
-            self._lose(entry, error)
+            self._lose(error)
+            with core.changing():
+                core.store.fail(entry, str(error))
         else:
-            self._publish(entry, captured, timings)
+            self._publish(entry, captured, timings, is_replayed=is_replayed)
         # A capture that stands still for a pause holds nobody up.
         seconds = core.clock.monotonic() - started - (core.governor.waited_seconds - waited_seconds)
         with core.changing():
             core.capture_seconds += NEW_SAMPLE_WEIGHT * (seconds - core.capture_seconds)
             core.governor.charge(seconds, is_serving=core.is_serving)
 
-    def _lose(self, entry: Entry[K], error: DeviceLostError) -> None:
+    def _lose(self, error: DeviceLostError) -> None:
         """Nothing is captured any more; what is published stays, and fails in the hands of whoever replays it."""
         core = self._core
         log.critical("no capture from now on: %s", error)
         with core.changing():
             self.lost = error
             core.is_closed = True
-            core.store.fail(entry, str(error))
             for key in core.pending.clear():
                 core.store.unplan(core.store.entries[key], str(error))
 
-    def _record(self, entry: Entry[K], started: float) -> tuple[Captured, CaptureTimings]:
-        """Raises CaptureError or DeviceLostError, and then nothing is left of it."""
+    def _record(self, entry: Entry[K], started: float) -> tuple[Captured, CaptureTimings, bool]:
+        """And whether its verification needs no second look. Raises CaptureError or DeviceLostError, and then nothing is left
+        of it."""
         core = self._core
         captured = self._capturer.capture(entry.key, entry.name)
         with core.changing():
             core.store.tell_progress(EventType.CAPTURED, entry)
-        verify_seconds = self._capturer.verify(entry.key, entry.name, captured)
-        if verify_seconds is not None:
+        verification = self._capturer.verify(entry.key, entry.name, captured)
+        if verification is not None:
             with core.changing():
                 core.store.tell_progress(EventType.VERIFIED, entry)
-        return captured, CaptureTimings(
+        timings = CaptureTimings(
             queue_seconds=started - entry.queued_monotonic,
             record_seconds=captured.record_seconds,
             instantiate_seconds=captured.instantiate_seconds,
-            verify_seconds=verify_seconds or 0.0,
+            verify_seconds=verification.seconds if verification is not None else 0.0,
         )
+        return captured, timings, verification is None or verification.is_replayed
 
-    def _publish(self, entry: Entry[K], captured: Captured, timings: CaptureTimings) -> None:
+    def _publish(self, entry: Entry[K], captured: Captured, timings: CaptureTimings, *, is_replayed: bool) -> None:
         core = self._core
         with core.changing():
             core.store.settle()
@@ -149,7 +194,7 @@ class CaptureTask(Generic[K]):
             if victims is not None:
                 for victim in victims:
                     core.store.evict(victim, "for one that is wanted more")
-                core.store.publish(entry, captured, timings)
+                core.store.publish(entry, captured, timings, is_replayed=is_replayed)
             else:
                 entry.size_bytes = captured.size_bytes  # known from now on: not captured again in vain
                 core.store.fail(entry, NO_ROOM)

@@ -130,7 +130,10 @@ class FakeBackend:
 
 
 class FakeProgram:
-    """A program whose work counts its runs. Names in `mismatches` fail verification, those in `failures` binding."""
+    """A program whose work counts its runs. Names in `mismatches` fail verification, those in `failures` binding.
+
+    While `is_busy`, verification replays nothing and says that it cannot tell.
+    """
 
     def __init__(self, clock: Clock | None = None, *, bind_seconds: float = 0.0, verify_seconds: float = 0.0) -> None:
         self.clock: Clock = clock if clock is not None else SystemClock()
@@ -138,6 +141,7 @@ class FakeProgram:
         self.verify_seconds = verify_seconds
         self.failures: dict[str, Exception] = {}
         self.mismatches: set[str] = set()
+        self.is_busy = False
         self.num_runs: Counter[str] = Counter()
 
     def bind(self, key: Hashable) -> Callable[[], None]:
@@ -151,9 +155,11 @@ class FakeProgram:
 
         return work
 
-    def verify(self, key: Hashable, replay: Callable[[], None]) -> bool:
-        replay()
+    def verify(self, key: Hashable, replay: Callable[[], None]) -> bool | None:
         spend(self.clock, self.verify_seconds)
+        if self.is_busy:
+            return None
+        replay()
         return str(key) not in self.mismatches
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from graphcache import CaptureError, DeviceLostError, EagerBackend, FakeBackend, FakeClock, FakeProgram
-from graphcache.capture import Capturer, MismatchError
+from graphcache.capture import Capturer, MismatchError, Verification
 
 
 def make_capturer(program: FakeProgram, backend: FakeBackend, clock: FakeClock) -> tuple[Capturer[str], list[str]]:
@@ -24,7 +24,7 @@ def test_phases_run_in_order_with_checkpoints_between(
     program.verify_seconds = 0.5
     captured = capturer.capture("a", "a")
     assert len(checkpoints) == 2
-    assert capturer.verify("a", "a", captured) == 0.5
+    assert capturer.verify("a", "a", captured) == Verification(0.5, is_replayed=True)
     assert len(checkpoints) == 3
     capturer.capture("b", "b")
     assert backend.num_starts == 1

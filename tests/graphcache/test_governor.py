@@ -142,3 +142,17 @@ def test_time_that_a_pause_takes_is_known(monkeypatch: pytest.MonkeyPatch, secon
     governor.wait_while_paused()
     governor.wait_while_paused()
     assert governor.waited_seconds == 2 * seconds
+
+
+def test_a_released_governor_holds_nobody() -> None:
+    """After `release` whoever waits goes on, and a pause that comes later has no effect."""
+    governor = Governor(FakeClock(), 0.1)
+    governor.pause()
+    waiting = threading.Thread(target=governor.wait_while_paused, daemon=True)
+    waiting.start()
+    governor.release()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    governor.pause()
+    assert not governor.is_paused
+    governor.wait_while_paused()

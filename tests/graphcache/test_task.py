@@ -21,6 +21,7 @@ from graphcache import (
     Priority,
     Profile,
 )
+from graphcache.task import VERIFY_AGAIN_SECONDS
 
 MakeCache = Callable[..., GraphCache[str]]
 
@@ -289,3 +290,84 @@ def test_a_lost_device_ends_capturing(make_cache: MakeCache, program: FakeProgra
     assert cache.lookup("a") is not None
     cache.close()
     assert cache.lookup("a") is None
+
+
+def test_what_was_told_beside_others_is_asked_again(
+    cache: GraphCache[str], program: FakeProgram, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """A graph that verification could not replay serves, and is replayed once when verification can; then never again."""
+    program.is_busy = True
+    capture(cache, "a", "b")
+    assert backend.num_replays == {}
+    program.is_busy = False
+    clock.advance(VERIFY_AGAIN_SECONDS)
+    assert cache.run_pending() == 0
+    assert backend.num_replays == {"a": 1, "b": 1}
+    cache.run_pending()
+    assert backend.num_replays == {"a": 1, "b": 1}
+    assert types(cache.events())[-2:] == [EventType.VERIFIED, EventType.VERIFIED]
+
+
+def test_one_that_proves_wrong_later_is_withdrawn(
+    cache: GraphCache[str], program: FakeProgram, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """The second look unpublishes a wrong graph, pinned or not, quarantines its key and destroys it."""
+    program.is_busy = True
+    program.mismatches.add("a")
+    capture(cache, "a", "b")
+    cache.pin("a", 60.0)
+    program.is_busy = False
+    clock.advance(VERIFY_AGAIN_SECONDS)
+    cache.run_pending()
+    assert cache.get("a").state is GraphState.QUARANTINED
+    assert cache.lookup("a") is None
+    assert cache.get("b").state is GraphState.READY
+    assert backend.num_destroys == {"a": 1}
+    assert cache.budget().pinned_bytes == 0
+
+
+def test_nobody_is_held_up_by_a_second_look(
+    cache: GraphCache[str], program: FakeProgram, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """While steps are under way or captures are paused there is none; one that could not tell waits before the next."""
+    program.is_busy = True
+    capture(cache, "a")
+    clock.advance(VERIFY_AGAIN_SECONDS)
+    program.is_busy = False
+    cache.step_launched()
+    cache.run_pending()
+    assert not backend.num_replays
+    cache.step_finished()
+    clock.advance(1.0)
+    cache.pause()
+    cache.run_pending()
+    assert not backend.num_replays
+    cache.resume()
+    program.is_busy = True
+    cache.run_pending()
+    program.is_busy = False
+    cache.run_pending()
+    assert not backend.num_replays
+    clock.advance(VERIFY_AGAIN_SECONDS)
+    cache.run_pending()
+    assert backend.num_replays == {"a": 1}
+
+
+def test_a_second_look_may_find_the_device_lost(
+    cache: GraphCache[str], program: FakeProgram, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    """Then the cache is lost: it says so with the first event that tells of it, and refuses wishes."""
+    program.is_busy = True
+    capture(cache, "a")
+    heard: list[tuple[EventType, bool]] = []
+    cache.add_listener(lambda event: heard.append((event.type, cache.lost is not None)))
+
+    def lost(key: object, replay: Callable[[], None]) -> bool:
+        raise DeviceLostError("gone")
+
+    monkeypatch.setattr(program, "verify", lost)
+    clock.advance(VERIFY_AGAIN_SECONDS)
+    cache.run_pending()
+    assert heard == [(EventType.QUARANTINED, True)]
+    with pytest.raises(DeviceLostError):
+        cache.request("b")

@@ -22,6 +22,7 @@ from graphcache import (
     EagerBackend,
     Event,
     EventType,
+    Graph,
     GraphCache,
     GraphStateError,
     Priority,
@@ -52,6 +53,7 @@ CORE_PIN_SECONDS = 1e9  # for good
 RESERVED_BYTES = 3 << 29
 """Of a GPU's memory, beside the graphs' budget: libraries' workspaces, and what a step without a graph takes in passing."""
 MAX_VERIFICATIONS = 1  # of graphs, between steps
+LAUNCH_FAILED = "it could not be launched; the log has it"
 SPARE_STAGES = 2  # so that nothing rests on who is first to hear that a step is over
 
 
@@ -328,10 +330,13 @@ class TorchEngine:
         choice = self._chooser.choose(batch)
         try:
             step = self._live.fill(batch, choice.tokens, choice.rows)
-            if choice.graph is not None:
-                choice.graph.replay()
-            else:
+            if choice.graph is None:
                 self._program.run(self._live, choice.tokens, choice.rows, batch.sampler)
+            elif not _replay(choice.graph):
+                key = choice.graph.key
+                choice = self._chooser.withdraw(choice, LAUNCH_FAILED)
+                # What the graph was recorded from, for the step lies there in the graph's shape.
+                self._program.run(self._live, choice.tokens, choice.rows, key.sampler, is_fixed=self._is_padded)
             number = self._live.buffers.note_run(batch.num_logprobs)
             over = self._thread.after_launched(lambda: self._live.buffers.read(batch, step, number))
         except BaseException:
@@ -357,6 +362,16 @@ class TorchEngine:
         self._last_done_seconds = now
         receipt = self._chooser.finish(batch, choice, seconds)
         return StepOutput(batch.step, token_ids, receipt, logprobs, failed_rows)
+
+
+def _replay(graph: Graph[StepKey]) -> bool:
+    """Whether the graph was launched. Where it was not, nothing of it runs."""
+    try:
+        graph.replay()
+    except Exception:
+        log.exception("the graph %s could not be launched: its step runs without it", graph.name)
+        return False
+    return True
 
 
 def warm_up_steps(num_slots: int, max_step_tokens: int, *, is_cuda: bool) -> list[tuple[Sampler, list[int]]]:

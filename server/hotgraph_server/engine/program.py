@@ -106,11 +106,11 @@ class StepProgram:
 
         return work
 
-    def verify(self, key: StepKey, replay: Callable[[], None]) -> bool:
-        """Whether a probe step gives what the shadow gave eagerly.
+    def verify(self, key: StepKey, replay: Callable[[], None]) -> bool | None:
+        """Whether a probe step gives what the shadow gave eagerly; None for yes, when the graph itself is not replayed yet.
 
-        While nothing is served it is a replay of the graph itself. That would hold a step up by another one's length, so
-        while others are served the shadow runs what was recorded, recorded once more, in parts that take turns with theirs.
+        While nothing is served it is a replay of the graph. That would hold a step up by another one's length, so while
+        others are served the shadow runs what was recorded, recorded once more, in parts that take turns with theirs.
         """
         expected = self._expected[key]
         is_idle = self._is_idle()
@@ -126,7 +126,7 @@ class StepProgram:
         except (RuntimeError, EngineFailedError) as error:
             raise CaptureError("the verification could not run") from error
         if found.token_ids == expected.token_ids and _are_close(found, expected, key.sampler):
-            return True
+            return True if is_idle else None
         log.warning("verifying %s, %s: %s", key, "replayed" if is_idle else "rehearsed", _difference(found, expected))
         return False
 

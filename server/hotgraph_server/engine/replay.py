@@ -49,6 +49,14 @@ class GraphChooser:
                 return Choice(key, graph, *shape, age_seconds)
         return Choice(key, None, num_tokens, num_rows, None)
 
+    def withdraw(self, choice: Choice, reason: str) -> Choice:
+        """The choice's graph could not be launched: nobody gets it any more. Returns the same shape without a graph."""
+        graph = choice.graph
+        assert graph is not None
+        self._cache.report_failure(graph, reason)
+        graph.release()
+        return Choice(choice.key, None, choice.tokens, choice.rows, None)
+
     def finish(self, batch: Batch, choice: Choice, seconds: float) -> StepReceipt:
         """Lets go of the graph, counts the hit or miss, and writes the receipt. `seconds`: what the step took."""
         graph = choice.graph

@@ -186,6 +186,44 @@ async def test_failed_replay_lets_go_of_its_graph(make_engine: MakeEngine) -> No
     assert not graph.is_in_use
 
 
+class Unlaunchable(FakeBackend):
+    """From `is_broken` on, no graph of it can be launched."""
+
+    is_broken = False
+
+    def capture(self, name: str, work: Callable[[], None]) -> FakeCaptured:
+        captured = super().capture(name, work)
+        replay = captured.replay
+
+        def launch() -> None:
+            if self.is_broken:
+                raise RuntimeError("invalid argument")
+            replay()
+
+        captured.replay = launch  # type: ignore[method-assign]
+        return captured
+
+
+async def test_a_graph_that_cannot_be_launched_costs_no_answer(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its step runs what it was recorded from, with the same tokens; the graph goes, and its key is tried no more."""
+    backend = Unlaunchable()
+    engine = await make_engine(backend=backend, padding="always", num_blocks=600)
+    plain = Track((1, 2, 3), SamplingParams(temperature=1.0), seed=1)
+    await Driver(engine).run([plain], 5)
+    engine.graphs.wait([info.key for info in engine.graphs.list()], 20)
+    backend.is_broken = True
+    again = Track((1, 2, 3), SamplingParams(temperature=1.0), seed=1)
+    driver = Driver(engine)
+    with caplog.at_level(logging.ERROR):
+        await driver.run([again], 5)
+    assert again.completion == plain.completion
+    assert all(output.receipt.graph == "" for output in driver.outputs)
+    assert "could not be launched" in caplog.text
+    assert {info.state for info in engine.graphs.list()} == {GraphState.QUARANTINED}
+
+
 async def test_oversized_batches_are_refused(make_engine: MakeEngine) -> None:
     """A batch larger than the static buffers is an AssertionError from step itself."""
     engine = await make_engine(num_slots=2, max_step_tokens=16)

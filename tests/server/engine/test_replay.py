@@ -45,6 +45,22 @@ def decode(num_rows: int, *, is_eager: bool = False) -> Batch:
     return Batch(0, [Row(slot, 5, 1, None, True) for slot in range(num_rows)], is_eager=is_eager)
 
 
+def test_a_graph_that_cannot_be_launched_is_withdrawn() -> None:
+    """The step keeps its shape and counts as a miss; the graph serves nobody any more, and is destroyed."""
+    bench = Bench()
+    key = StepKey(8, 8, Sampler.GREEDY)
+    bench.capture(key)
+    choice = bench.chooser.choose(decode(5))
+    assert choice.graph is not None
+    choice = bench.chooser.withdraw(choice, "broken")
+    assert (choice.graph, choice.tokens, choice.rows) == (None, 8, 8)
+    receipt = bench.chooser.finish(decode(5), choice, 0.25)
+    assert (receipt.graph, receipt.tokens_bucket) == ("", 8)
+    assert bench.cache.get(str(key)).state is GraphState.QUARANTINED
+    bench.cache.run_pending()
+    assert bench.cache.budget().retiring_bytes == 0
+
+
 def test_miss_runs_eagerly_and_asks_for_the_graph() -> None:
     """Without a graph the receipt is eager and exact, the miss is counted, and the graph is captured next."""
     bench = Bench()
