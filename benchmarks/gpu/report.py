@@ -127,10 +127,14 @@ def machine_line(environment: dict[str, Any]) -> str:
     return f"{place}{driver}, {versions}, commit {environment['commit'] or 'unknown'}"
 
 
-def summary_of(samples: Sequence[float]) -> dict[str, Any]:
-    """Raw samples in seconds and what they come to; `summary` is None when there are none."""
+def summary_of(samples: Sequence[float], *, max_kept: int | None = None) -> dict[str, Any]:
+    """Raw samples in seconds and what they come to; `summary` is None when there are none.
+
+    Of more than `max_kept` samples every n-th is kept, n being `samples_every`; the summary is of all.
+    """
     found = summarize(samples)
-    return {"samples_seconds": list(samples), "summary": found and found.to_dict()}
+    every = 1 if max_kept is None else max(1, -(-len(samples) // max_kept))
+    return {"samples_seconds": list(samples[::every]), "samples_every": every, "summary": found and found.to_dict()}
 
 
 def milliseconds(part: dict[str, Any] | None, name: str = "p50") -> str:

@@ -130,11 +130,14 @@ async def test_graphs_that_come_and_go_say_the_same(loaded: LoadedModel) -> None
         await served.settle()
         for info in cache.list([GraphState.READY]):
             cache.unpin(info.name)
-        cache.update_budget(limit_bytes=cache.stats().used_bytes // 2)
+        # What a few decode graphs hold: the first graph of all grew the pool, and counts for many.
+        sizes = sorted(info.size_bytes for info in cache.list([GraphState.READY]))
+        cache.update_budget(limit_bytes=6 * sizes[len(sizes) // 2])
         wanted = all_prompts(loaded.tokenizer)
-        for seed in range(3):
-            await check(served, loaded, requests(wanted, 64, seed=seed), at_once=24)
+        for seed in range(4):
+            await check(served, loaded, requests(wanted, 48, seed=seed), at_once=24)
+            await served.settle()  # what this round asked for
         stats = cache.stats()
         print(stats)
-        assert stats.num_evictions > 10
+        assert stats.num_evictions > 40
         assert not cache.list([GraphState.QUARANTINED])
