@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from hotgraph_server.kernels.activation import ACTIVATIONS, gated_activation
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.prepare import FROM_SLOT, LAST_TOKEN, prepare_step
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
-from hotgraph_server.models.decoder import Decoder
-from hotgraph_server.models.interface import Arena, StepTensors
+from tests.gpu.decoders import CONFIGS, CUDA, TOLERANCES, arena_of, copied, decoder, relative_error
 from tests.server.kernels import twin_checks
 from tests.server.models.driver import Driver, random_model, random_tokens, reference_logits
 
 pytestmark = pytest.mark.gpu
-
-CUDA = torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 200])
@@ -74,51 +69,7 @@ def test_no_numbers_are_hidden() -> None:
         assert not result[1].isnan().any()
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 1024,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, hidden_act="gelu"),
-    "qwen2 with windows": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=40, max_window_layers=1),
-    "qwen3": Qwen3Config(**SIZES, head_dim=64),
-    "phi3": Phi3Config(
-        **SIZES,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
-    ),
-}
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Of a row's logits, norm of the difference over norm, against float32 on the CPU: rounding, grown over four layers."""
-
 STEPS = ({"a": 50}, {"a": 39, "b": 30}, {"a": 1, "b": 1, "c": 5}, {"b": 1, "c": 1}, {"b": 1, "c": 1})
-
-
-def decoder(name: str, dtype: torch.dtype) -> Decoder:
-    model = random_model(deepcopy(CONFIGS[name]))
-    return Decoder.from_config(model.config, model.state_dict(), dtype=dtype, device=CUDA, max_context=None)
-
-
-def arena_of(model: Decoder, max_tokens: int = 128, max_rows: int = 8) -> Arena:
-    """Full of NaN, so that what is read and was never written shows."""
-    arena = model.arena(max_tokens, max_rows)
-    assert arena is not None
-    for room in vars(arena).values():
-        room.fill_(torch.nan)
-    return arena
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over norm."""
-    return float((found.cpu() - expected.cpu()).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("padding", [(0, 0), (3, 2)], ids=["whole", "padded"])
@@ -144,20 +95,6 @@ def test_the_arena_gives_the_logits_of_transformers(name: str, dtype: torch.dtyp
             wanted = expected[key][position[key] - 1]
             assert relative_error(without[key], wanted) < TOLERANCES[dtype], f"{key} in step {step}"
             assert relative_error(with_arena[key], wanted) < TOLERANCES[dtype], f"{key} in step {step} with an arena"
-
-
-def copied(step: StepTensors, buffers: StepTensors) -> None:
-    """Puts a step's inputs into another step's tensors, of the same shapes."""
-    for name in (
-        "token_ids",
-        "positions",
-        "kv_indices",
-        "block_tables",
-        "context_lens",
-        "query_starts",
-        "last_indices",
-    ):
-        getattr(buffers, name).copy_(getattr(step, name))
 
 
 @pytest.mark.parametrize("shape", ["decode", "mixed"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from hotgraph_server.engine.slots import SlotTables
 from hotgraph_server.kernels.prepare import FROM_SLOT, LAST_TOKEN
 from hotgraph_server.models.interface import StepTensors
 from hotgraph_server.request import TokenLogprobs
+
+if TYPE_CHECKING:
+    from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +67,25 @@ class RunLostError(RuntimeError):
 
 
 class StepBuffers:
-    """Room for `max_tokens` tokens of `max_rows` rows. Views of it are what a step function is bound to.
+    """Room for `max_tokens` tokens of `max_rows` rows of `slots`. Views of it are what a step function is bound to.
 
     Results go to a ring of `depth` places, one a run. `num_runs` must be told of each (`note_run`); a run's results stand
     there until `depth` more were launched.
     """
 
     def __init__(
-        self, *, max_tokens: int, max_rows: int, max_blocks: int, device: torch.device, num_stages: int = 1
+        self,
+        slots: SlotTables,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        max_blocks: int,
+        device: torch.device,
+        num_stages: int = 1,
     ) -> None:
         self.max_tokens = max_tokens
         self.max_rows = max_rows
+        self._slots = slots
         self.num_runs = 0
         # One array from the host, so that one copy brings it to the device.
         sizes = {
@@ -126,11 +138,38 @@ class StepBuffers:
 
         self.step = HostStep(0, 0, 0, [], [], (), ALL_WORK)
 
-    def fill(self, batch: Batch, tokens: int, rows: int, slots: SlotTables) -> HostStep:
+        # What the plain samplers' kernels work with. None where torch's operations do their work.
+        self.plain: tuple[PlainSampling, BlockResults] | None = None
+        if device.type == "cuda":
+            self.plain = self.plain_sampling()
+
+    def plain_sampling(self) -> tuple[PlainSampling, BlockResults]:
+        """The tensors here and in the slots that plain samplers read and write, and new room for the results of blocks."""
+        # Torch for the CPU alone comes without Triton.
+        from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling
+
+        slots = self._slots
+        sampling = PlainSampling(
+            row_slots=self.row_slots,
+            context_lens=self.context_lens,
+            is_sampled=self.is_sampled,
+            temperature=slots.temperature,
+            seeds=slots.seeds,
+            last_tokens=slots.last_tokens,
+            lengths=slots.lengths,
+            values=self.values,
+            ring_ids=self.ring_ids,
+            ring_values=self.ring_values,
+            counter=self.counter,
+        )
+        return sampling, BlockResults.allocate(self.max_rows, slots.vocabulary_size, self.counter.device)
+
+    def fill(self, batch: Batch, tokens: int, rows: int) -> HostStep:
         """Lays a batch out in the shape (tokens, rows), which holds it; what is over becomes padding.
 
         Nothing is uploaded when the device has it all: a decode step's tokens and lengths are known there.
         """
+        slots = self._slots
         order: Sequence[int] = range(len(batch.rows))
         ordered: Sequence[Row] = batch.rows
         num_decode_rows = sum(row.num_tokens == 1 for row in ordered)

@@ -1,6 +1,7 @@
 """From a step's logits to its tokens: runs the sampling kernels over slot tables and writes what the next step needs.
 
-Nothing is read back but on the CPU, where it costs nothing: results go to the ring that the host reads.
+Nothing is read back but on the CPU, where it costs nothing: results go to the ring that the host reads. On a GPU the plain
+samplers have kernels of their own that do all of this.
 """
 
 from __future__ import annotations
@@ -19,11 +20,19 @@ from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_filter
 def sample_step(
     logits: torch.Tensor, buffers: StepBuffers, slots: SlotTables, sampler: Sampler, work: SamplingWork
 ) -> None:
-    """Samples every row of `logits` (float32 [R, V]), writes the results of `buffers` and advances the rows' slots.
+    """Samples every row of `logits` ([R, V], float32 or of 16 bits), writes the results of `buffers` and advances its `slots`.
 
     A slot's length is what the step made of it. Only rows that are sampled and whose logits are finite change more: the last
-    token, and the counts."""
+    token, and the counts. Of rows in one slot, as those of padding are, any may be the last to write."""
+    if buffers.plain is not None and sampler is not Sampler.FILTERED and _is_for_kernels(logits, slots):
+        # Torch for the CPU alone comes without Triton.
+        from hotgraph_server.kernels.sample_triton import sample_plain_triton
+
+        sample_plain_triton(logits, *buffers.plain, is_greedy=sampler is Sampler.GREEDY)
+        return
+
     num_rows = logits.shape[0]
+    logits = logits.float()
     row_slots = buffers.row_slots[:num_rows]
     positions = buffers.context_lens[:num_rows].to(torch.int64)
     peaks = row_peaks(logits)
@@ -52,6 +61,11 @@ def sample_step(
     values[0].copy_(peaks)
     ids = torch.where(is_finite, token_ids, -1)
     write_ring(buffers.ring_ids, buffers.ring_values, buffers.counter, ids, values)
+
+
+def _is_for_kernels(logits: torch.Tensor, slots: SlotTables) -> bool:
+    """Whether the plain samplers' kernels take such logits. Our decoder's they do; models of transformers lay out their own."""
+    return logits.shape[1] == slots.vocabulary_size and logits.stride(1) == 1 and logits.data_ptr() % 16 == 0
 
 
 def _sample_changed(

@@ -37,19 +37,22 @@ class StepState:
         Raises RuntimeError or MemoryError when there is not enough.
         """
         device: torch.device = model.device
-        return cls(
-            SlotTables(
-                num_slots=num_slots,
-                max_blocks=max_blocks,
-                vocabulary_size=model.vocabulary_size,
-                device=device,
-                num_stages=num_stages,
-            ),
-            StepBuffers(
-                max_tokens=max_tokens, max_rows=max_rows, max_blocks=max_blocks, device=device, num_stages=num_stages
-            ),
-            model.arena(max_tokens, max_rows),
+        slots = SlotTables(
+            num_slots=num_slots,
+            max_blocks=max_blocks,
+            vocabulary_size=model.vocabulary_size,
+            device=device,
+            num_stages=num_stages,
         )
+        buffers = StepBuffers(
+            slots,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            max_blocks=max_blocks,
+            device=device,
+            num_stages=num_stages,
+        )
+        return cls(slots, buffers, model.arena(max_tokens, max_rows))
 
     def fill(self, batch: Batch, tokens: int, rows: int, *, probe_blocks: Sequence[int] = ()) -> HostStep:
         """Everything that the batch says reaches the device. `probe_blocks`: the probe slot's block table, if it is used."""
@@ -58,4 +61,4 @@ class StepState:
         if probe_blocks:
             self.slots.set_blocks(self.slots.probe_slot, probe_blocks)
         self.slots.upload()
-        return self.buffers.fill(batch, tokens, rows, self.slots)
+        return self.buffers.fill(batch, tokens, rows)

@@ -115,6 +115,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Each token's weighted sum of the values at its row's positions up to its own: [T, query heads, value_dim].
 
@@ -122,7 +123,8 @@ def paged_attention(
     step's tokens already; query heads are a multiple of heads, and consecutive query heads share one. Scores are multiplied
     by `scaling`. `window`: tokens a query sees, itself among them. `softcap`: scores become softcap * tanh(score / softcap).
     `sinks`: [query heads], a score that takes weight and gives no value. Padding tokens give 0. `out`, contiguous, takes the
-    result; without it one is made.
+    result; without it one is made. `pdl` (a GPU for which `few_rows.has_pdl` holds): the kernel of rows of one token starts
+    while the one queued before still runs, waits for it before it reads anything, and lets the one queued behind start too.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; grouped
     queries: Ainslie et al., "GQA", 2023; softcap: Gemma 2; sinks: gpt-oss.
@@ -137,6 +139,15 @@ def paged_attention(
     if out is None:
         out = query.new_empty(len(query), query.shape[1], values.shape[3])
     triton_attention(
-        query, keys, values, plan.device_rows, out, scaling=scaling, window=window, softcap=softcap, sinks=sinks
+        query,
+        keys,
+        values,
+        plan.device_rows,
+        out,
+        scaling=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        pdl=pdl,
     )
     return out

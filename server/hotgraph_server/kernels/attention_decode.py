@@ -143,12 +143,18 @@ def decode_kernel(
     lanes: tl.constexpr,
     max_splits: tl.constexpr,
     heads_at_once: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Rows whose token is their only one, grid (R, KV heads * head_blocks, splits). Row i's token is token i.
 
     With `is_mixed`, rows of which that is not true are left to `tile_kernel`. Padding rows give 0.
+    With `PDL` the kernel is a link of a chain, as those of `few_rows_kernels.py` are: every program waits, on all its ways out.
     Source of the splitting: Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
+    if PDL:
+        # Lengths and tables, too, may have been written in this step, and the scratch may still be read by the layer before.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads

@@ -115,10 +115,11 @@ def triton_attention(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    pdl: bool = False,
 ) -> None:
     """Writes all of `out`, contiguous [T, query heads, value_dim]; the rest is as in `attention.paged_attention`."""
     for launch in launches(
-        query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, sinks=sinks
+        query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, sinks=sinks, pdl=pdl
     ):
         launch.kernel[launch.grid](**launch.arguments)
 
@@ -134,6 +135,7 @@ def launches(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    pdl: bool = False,
 ) -> list[Launch]:
     """What `triton_attention` runs, in order."""
     assert keys.is_contiguous(), "the cache is contiguous"
@@ -184,11 +186,14 @@ def launches(
         scratch = rows.scratch(num_kv_heads, num_heads, value_dim)
         num_splits = split_count(rows.num_rows, num_kv_heads, is_grouped=group > 1)
         grid = (rows.num_rows, num_programs, num_splits)
-        arguments = {
+        arguments: dict[str, Any] = {
             **common,
             **_decode_options(heads, row_bytes, padded_value_dim, keys.dtype, grid),
             "is_mixed": int(is_mixed),
+            "PDL": pdl,
         }
+        if pdl:  # named only where it is wanted: the interpreter does not know it
+            arguments["launch_pdl"] = True
         for name in ("sums", "maxima", "totals", "arrivals"):
             arguments[name] = None if scratch is None else getattr(scratch, name)
         result.append(Launch(decode_kernel, grid, arguments))

@@ -1,6 +1,6 @@
 """One lean decoder for the Llama-shaped families: Llama, Mistral, SmolLM2, TinyLlama, Qwen2, Qwen3, Phi-3.
 
-It knows their weights' names, their layers and the paged cache; what else a config may ask for, `models/shape.py` refuses.
+It knows their weights' names, and leads a step through their layers; what else a config may ask for, `models/shape.py` refuses.
 The families differ from transformers' own code only in the order of float sums.
 """
 
@@ -9,35 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
 from hotgraph_server.errors import ModelLoadError
-from hotgraph_server.kernels.activation import gated_activation
-from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
-from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
+from hotgraph_server.kernels.attention import AttentionPlan
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
-from hotgraph_server.kernels.rope_kv import rope_and_write_kv
 from hotgraph_server.models.arena import Activations, DecoderArena
+from hotgraph_server.models.few_rows_layers import MAX_TOKENS, FewRowsLayers
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
+from hotgraph_server.models.layers import Layer, LayerInputs, Layers
 from hotgraph_server.models.rotary import rotary
 from hotgraph_server.models.shape import Config, DecoderShape
 from hotgraph_server.models.weights import Linear, make_linear
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's weights. Norm weights carry the scale of the product that follows them (see `weights.Linear`)."""
-
-    attention_norm: torch.Tensor
-    qkv: Linear
-    query_key_norm: torch.Tensor | None  # [query heads + KV heads, head_dim]
-    output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
 
 
 class Decoder:
@@ -47,14 +31,14 @@ class Decoder:
 
     def __init__(
         self,
-        shape: DecoderShape,
-        layers: Sequence[_Layer],
+        layers: Layers,
         embedding: torch.Tensor,
-        norm: torch.Tensor,
-        head: Linear,
         rope_table: torch.Tensor,
         num_parameters: int,
+        *,
+        fuses_few_rows: bool | None = None,
     ) -> None:
+        shape = layers.shape
         self.architecture = shape.architecture
         self.dtype = embedding.dtype
         self.device = embedding.device
@@ -64,24 +48,21 @@ class Decoder:
         self.kv_layout: Sequence[LayerKv] = [
             LayerKv(shape.num_kv_heads, shape.head_dim, shape.head_dim)
         ] * shape.num_layers
-        linears = [linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        norms = [vector for layer in layers for vector in (layer.attention_norm, layer.mlp_norm)]
+        norms = [vector for layer in layers.layers for vector in (layer.attention_norm, layer.mlp_norm)]
         self.weights_bytes = (
-            sum(linear.num_bytes for linear in linears)
+            sum(linear.num_bytes for layer in layers.layers for linear in layer.linears)
             + sum(vector.nbytes for vector in norms)
-            + head.num_bytes
+            + layers.head.num_bytes
             + embedding.nbytes
-            + norm.nbytes
+            + layers.norm.nbytes
         )
         self._shape = shape
         self._layers = layers
+        self._few_rows_layers: FewRowsLayers | None = None
+        if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
+            self._few_rows_layers = FewRowsLayers(layers, num_turned=rope_table.shape[1])
         self._embedding = embedding
-        self._norm = norm
-        # What the sum after each layer is normed with: the weight of the layer that follows, or of the head.
-        self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
-        self._head = head
         self._rope_table = rope_table
-        self._scaling = shape.head_dim**-0.5
 
     @property
     def is_capturable(self) -> bool:
@@ -106,16 +87,19 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_context: int | None = None,
+        fuses_few_rows: bool | None = None,
     ) -> Decoder:
         """Takes the weights by their transformers names and keeps copies. `weights` may read lazily.
 
+        fuses_few_rows: whether short steps go through `FewRowsLayers`; None: where it is faster. On the CPU, for tests, that
+        takes weights which are not packed.
         Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape.
         """
         shape = DecoderShape.from_config(config)
         turn = rotary(config, shape, max_context)
         with torch.inference_mode():
             return _Builder(shape, weights, dtype, device).build(
-                rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length)
+                rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length), fuses_few_rows
             )
 
     def arena(self, max_tokens: int, max_rows: int) -> DecoderArena | None:
@@ -134,49 +118,35 @@ class Decoder:
     ) -> torch.Tensor:
         """See `Model.forward`. Without an arena the result is an inference tensor."""
         assert arena is None or isinstance(arena, DecoderArena)
-        shape = self._shape
         num_tokens, num_rows = len(step.token_ids), len(step.last_indices)
         is_one_token_a_row = num_tokens == num_rows and (arena is not None or step.num_decode_rows == step.num_rows > 0)
-        last_layer = len(self._layers) - 1
-        plan = AttentionPlan.for_step(step, block_size=kv.block_size, dtype=self.dtype)
-        rope = RopePlan.for_step(self._rope_table, step.positions, self.dtype)
+        layers = self._layers_for(max(num_tokens, num_rows))
+        inputs = LayerInputs(
+            kv,
+            step.kv_indices,
+            AttentionPlan.for_step(step, block_size=kv.block_size, dtype=self.dtype),
+            RopePlan.for_step(self._rope_table, step.positions, self.dtype),
+        )
         at = Activations() if arena is None else arena.tokens(num_tokens)
         hidden = torch.index_select(self._embedding, 0, step.token_ids, out=at.hidden)
-        normed = rms_norm(hidden, self._layers[0].attention_norm, shape.norm_epsilon, at.normed)
-        for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
-            keys, values = kv.keys[index], kv.values[index]
-            query = rope_and_write_kv(
-                layer.qkv(normed, at.qkv),
-                rope,
-                step.kv_indices,
-                keys,
-                values,
-                query_key_norm=layer.query_key_norm,
-                epsilon=shape.norm_epsilon,
-                out=at.query,
-            )
-            attended = paged_attention(
-                query, keys, values, plan, scaling=self._scaling, window=layer.window, out=at.attended
-            )
-            if index == last_layer and not is_one_token_a_row:
+        x = layers.enter(hidden, at)
+        for index in range(self._shape.num_layers):
+            attended = layers.attend(index, x, inputs, at)
+            if index == self._shape.num_layers - 1 and not is_one_token_a_row:
                 # Of the last layer only what the logits are made of is needed.
                 at = Activations() if arena is None else arena.last_tokens(num_rows)
                 attended = torch.index_select(attended, 0, step.last_indices, out=at.attended)
                 hidden = torch.index_select(hidden, 0, step.last_indices, out=at.hidden)
-            update = layer.output(attended.flatten(1), at.update)
-            normed = add_rms_norm(
-                hidden, update, layer.mlp_norm, shape.norm_epsilon, at.normed, scale=layer.output.scale
-            )
-            gated = gated_activation(layer.gate_up(normed, at.gate_up), shape.activation, at.gated)
-            update = layer.down(gated, at.update)
-            normed = add_rms_norm(hidden, update, next_norm, shape.norm_epsilon, at.normed, scale=layer.down.scale)
+            x = layers.finish(index, attended, hidden, at)
             if give_way is not None:
                 give_way()
-        if arena is None:
-            return self._head(normed).float().contiguous()
-        product, logits = arena.logits(num_rows)
-        self._head(normed, product)
-        return logits if product.dtype == torch.float32 else logits.copy_(product)
+        return layers.logits(x, at, None if arena is None else arena.logits(num_rows))
+
+    def _layers_for(self, num_tokens: int) -> Layers:
+        """num_tokens: of a step, or its rows where padding rows make these more."""
+        if self._few_rows_layers is not None and num_tokens <= MAX_TOKENS:
+            return self._few_rows_layers
+        return self._layers
 
 
 class _Builder:
@@ -192,7 +162,7 @@ class _Builder:
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # elements of each weight taken
 
-    def build(self, rope_table: torch.Tensor) -> Decoder:
+    def build(self, rope_table: torch.Tensor, fuses_few_rows: bool | None) -> Decoder:
         """The decoder; the weights it was made of may go. Raises ModelLoadError."""
         shape = self._shape
         embedding = self._vector("model.embed_tokens.weight", shape.vocabulary_size, shape.hidden_size)
@@ -203,7 +173,13 @@ class _Builder:
             layers = list(executor.map(self._layer, range(shape.num_layers)))
         norm = self._vector("model.norm.weight", shape.hidden_size).mul_(head.result().scale)
         self._check_leftovers()
-        return Decoder(shape, layers, embedding, norm, head.result(), rope_table, sum(self._sizes.values()))
+        return Decoder(
+            Layers(shape, layers, norm, head.result()),
+            embedding,
+            rope_table,
+            sum(self._sizes.values()),
+            fuses_few_rows=fuses_few_rows,
+        )
 
     @torch.inference_mode()  # a mode of the thread, so each worker enters it
     def _head(self, embedding: torch.Tensor) -> Linear:
@@ -213,7 +189,7 @@ class _Builder:
         return self._linear(["lm_head"], [shape.vocabulary_size], shape.hidden_size, has_bias=False, scales_input=True)
 
     @torch.inference_mode()
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> Layer:
         shape = self._shape
         prefix = f"model.layers.{index}."
         query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -243,7 +219,7 @@ class _Builder:
             query_key_norm = torch.cat(
                 (query_norm.expand(shape.num_heads, -1), key_norm.expand(shape.num_kv_heads, -1))
             )
-        return _Layer(
+        return Layer(
             attention_norm=self._vector(f"{prefix}input_layernorm.weight", shape.hidden_size).mul_(qkv.scale),
             qkv=qkv,
             query_key_norm=query_key_norm,

@@ -60,17 +60,17 @@ class DenseLinear(Linear):
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
+        self.weight = weight
         self._transposed = weight.t()
-        self._bias = bias
+        self.bias = bias
         self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
-            return functional.linear(x, self._weight, self._bias)
-        if self._bias is None:
+            return functional.linear(x, self.weight, self.bias)
+        if self.bias is None:
             return torch.mm(x, self._transposed, out=out)
-        return torch.addmm(self._bias, x, self._transposed, out=out)
+        return torch.addmm(self.bias, x, self._transposed, out=out)
 
 
 class CpuLinear(DenseLinear):
@@ -79,10 +79,10 @@ class CpuLinear(DenseLinear):
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         result: torch.Tensor
         if len(x) in _TRANSPOSED_SIZES:
-            product = torch.mm(self._weight, x.t())
-            result = product.t() if self._bias is None else product.add_(self._bias.unsqueeze(-1)).t()
+            product = torch.mm(self.weight, x.t())
+            result = product.t() if self.bias is None else product.add_(self.bias.unsqueeze(-1)).t()
         else:
-            result = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            result = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return result if out is None else out.copy_(result)
 
 

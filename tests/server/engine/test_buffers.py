@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def make(num_stages: int = 2) -> tuple[StepBuffers, SlotTables]:
     """Eight tokens of four rows."""
     slots = SlotTables(num_slots=4, max_blocks=4, vocabulary_size=20, device=CPU)
-    return StepBuffers(max_tokens=8, max_rows=4, max_blocks=4, device=CPU, num_stages=num_stages), slots
+    return StepBuffers(slots, max_tokens=8, max_rows=4, max_blocks=4, device=CPU, num_stages=num_stages), slots
 
 
 def test_decode_rows_are_the_same_at_every_step() -> None:
@@ -26,7 +26,7 @@ def test_decode_rows_are_the_same_at_every_step() -> None:
     seen = []
     for start in (5, 6, 7):
         rows = [Row(2, start, 1, None, True), Row(0, start + 3, 1, None, True)]
-        step = buffers.fill(Batch(step=start, rows=rows), 3, 3, slots)
+        step = buffers.fill(Batch(step=start, rows=rows), 3, 3)
         assert step.context_lens == [start + 1, start + 4]
         seen.append((buffers.row_slots.tolist(), buffers.row_starts.tolist(), buffers.given_ids.tolist()))
     assert seen[0] == seen[1] == seen[2]

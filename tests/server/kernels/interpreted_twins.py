@@ -12,7 +12,7 @@ from triton.runtime import interpreter  # type: ignore[import-untyped]  # as abo
 from hotgraph_server.kernels.activation import ACTIVATIONS, gated_activation_triton
 from hotgraph_server.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv_triton
-from hotgraph_server.models import decoder
+from hotgraph_server.models import layers
 from tests.server.kernels import twin_checks
 from tests.server.models import test_decoder
 from tests.server.models.driver import Driver, random_tokens, reference_logits
@@ -72,10 +72,10 @@ def test_prepare_step_of_many_rows() -> None:
 @pytest.mark.parametrize("name", ["qwen3", "phi3 with longrope and a window"])
 def test_a_decoder_made_of_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives the logits of transformers: what it hands the kernels is laid out as they take it."""
-    monkeypatch.setattr(decoder, "rms_norm", rms_norm_triton)
-    monkeypatch.setattr(decoder, "add_rms_norm", add_rms_norm_triton)
-    monkeypatch.setattr(decoder, "rope_and_write_kv", rope_and_write_kv_triton)
-    monkeypatch.setattr(decoder, "gated_activation", gated_activation_triton)
+    monkeypatch.setattr(layers, "rms_norm", rms_norm_triton)
+    monkeypatch.setattr(layers, "add_rms_norm", add_rms_norm_triton)
+    monkeypatch.setattr(layers, "rope_and_write_kv", rope_and_write_kv_triton)
+    monkeypatch.setattr(layers, "gated_activation", gated_activation_triton)
     reference = test_decoder.reference(name)
     model = test_decoder.decoder(reference, dtype=torch.float16)  # whose products are laid out as on a GPU
     texts = {key: random_tokens(6, model.vocabulary_size, seed) for seed, key in enumerate("ab")}

@@ -96,6 +96,31 @@ def test_no_shape_of_a_step_needs_a_kernel_of_its_own(monkeypatch: pytest.Monkey
     assert len({id(kernel) for kernel in kernels}) == 5
 
 
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
+def test_in_a_chain_decode_waits_before_it_reads(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pdl the kernel of decode rows waits once, before all loads, branches and stores, then lets the next one start.
+
+    The kernel of tiles knows nothing of it, and without pdl neither does.
+    """
+    kernels = compile_launches(monkeypatch)
+    for pdl in (False, True):
+        attend(2, 2, heads, 64, pdl=pdl)
+        attend(40, 3, heads, 64, pdl=pdl)
+    assert [kernel.name for kernel in kernels] == ["decode_kernel", "decode_kernel", "tile_kernel"] * 2
+    for index, kernel in enumerate(kernels):
+        is_linked = index in {3, 4}
+        assert bool(kernel.metadata.launch_pdl) == is_linked
+        assert ("griddepcontrol" in kernel.asm["ptx"]) == is_linked
+        if is_linked:
+            before, after = kernel.asm["ptx"].split("griddepcontrol.wait")
+            assert not any(word in before for word in ("ld.global", "st.global", "bra", "ret;", "launch_dependents"))
+            assert after.count("griddepcontrol.launch_dependents") == 1
+            before, after = kernel.asm["sass"].split("ACQBULK")
+            assert not any(word in before for word in ("LDG", "STG", "BRA", "EXIT"))
+            assert "LDG" in after
+            assert not spills(kernel)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 32, 40, 71, 300])
 def test_splits_fill_the_grid(num_kv_heads: int) -> None:
     """There are no more splits than fill the grid, at most 16, and one when rows fill it by themselves."""

@@ -128,7 +128,7 @@ def test_weights_that_do_not_fit_into_float16_are_kept_whole() -> None:
     """Weights with all bits of float32 in use are not packed, and give the logits of transformers at every batch size."""
     model = random_model(CONFIGS["llama with biases"]())
     ours = decoder(model)
-    assert not isinstance(ours._head, PackedLinear)
+    assert not isinstance(ours._layers.head, PackedLinear)
     check_mixed(ours, model)
     check_chunked(ours, model, num_tokens=50, chunk_size=9)
 
@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_into_float16_are_kept_whole() -> None:
 def test_packed_weights_take_less_room() -> None:
     """Weights of a bfloat16 checkpoint are held in half the bytes where this machine can, and counted so."""
     ours = decoder(reference("llama with large heads"))
-    if not isinstance(ours._head, PackedLinear):
+    if not isinstance(ours._layers.head, PackedLinear):
         pytest.skip("this machine's torch cannot pack")
     assert ours.num_parameters == sum(p.numel() for p in reference("llama with large heads").parameters())
     assert ours.num_parameters * 2 < ours.weights_bytes < ours.num_parameters * 3

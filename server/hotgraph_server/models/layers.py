@@ -1,0 +1,123 @@
+"""A decoder's layers and head: their weights, and how a step of any size goes through them, one kernel after the other.
+
+It knows kernels and weights, neither steps nor their lengths; `decoder.py` leads a step through. `few_rows_layers.py` does the
+same for steps of few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hotgraph_server.kernels.activation import gated_activation
+from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
+from hotgraph_server.kernels.few_rows import has_pdl
+from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
+from hotgraph_server.kernels.rope import RopePlan
+from hotgraph_server.kernels.rope_kv import rope_and_write_kv
+from hotgraph_server.models.arena import Activations
+from hotgraph_server.models.interface import KvTensors
+from hotgraph_server.models.shape import DecoderShape
+from hotgraph_server.models.weights import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights. Norm weights carry the scale of the product that follows them (see `weights.Linear`)."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    query_key_norm: torch.Tensor | None  # [query heads + KV heads, head_dim]
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All its products."""
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What all layers of a step are given. kv_indices: as in `StepTensors`."""
+
+    kv: KvTensors
+    kv_indices: torch.Tensor
+    attention: AttentionPlan
+    rope: RopePlan
+
+
+class Layers:
+    """A step goes through `enter`, then for each layer through `attend` and `finish`, then through `logits`.
+
+    What one hands to the next is `x`, [T, hidden]: here the normed sum, in `few_rows_layers.py` the sum itself. `hidden`,
+    [T, hidden], is that sum, and is updated in place. `at` says where results go. Between `attend` and `finish` of the last
+    layer the caller may leave tokens out, and `at` may change with them.
+    """
+
+    def __init__(self, shape: DecoderShape, layers: Sequence[Layer], norm: torch.Tensor, head: Linear) -> None:
+        """norm: the last one's weight, [hidden]; head: to the vocabulary."""
+        self.shape = shape
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        # What the sum after each layer is normed with: the weight of the layer that follows, or of the head.
+        self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
+        self._scaling = shape.head_dim**-0.5
+        self._pdl = has_pdl(norm.device)
+
+    def enter(self, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """The first `x`, of the tokens' embeddings."""
+        return rms_norm(hidden, self.layers[0].attention_norm, self.shape.norm_epsilon, at.normed)
+
+    def attend(self, index: int, x: torch.Tensor, inputs: LayerInputs, at: Activations) -> torch.Tensor:
+        """Writes layer `index`'s keys and values, and gives what its attention gives: [T, query heads, d]."""
+        query = self._queries(index, x, inputs, at)
+        return paged_attention(
+            query,
+            inputs.kv.keys[index],
+            inputs.kv.values[index],
+            inputs.attention,
+            scaling=self._scaling,
+            window=self.layers[index].window,
+            out=at.attended,
+            pdl=self._pdl,  # in steps of all sizes: its kernels are as many then as without
+        )
+
+    def _queries(self, index: int, x: torch.Tensor, inputs: LayerInputs, at: Activations) -> torch.Tensor:
+        return self._turned(index, self.layers[index].qkv(x, at.qkv), inputs, at)
+
+    def _turned(self, index: int, qkv: torch.Tensor, inputs: LayerInputs, at: Activations) -> torch.Tensor:
+        """The queries in a product of layer `index`, turned; its keys and values go to the cache."""
+        return rope_and_write_kv(
+            qkv,
+            inputs.rope,
+            inputs.kv_indices,
+            inputs.kv.keys[index],
+            inputs.kv.values[index],
+            query_key_norm=self.layers[index].query_key_norm,
+            epsilon=self.shape.norm_epsilon,
+            out=at.query,
+        )
+
+    def finish(self, index: int, attended: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """The rest of layer `index`, added to `hidden`; the next `x`."""
+        layer, epsilon = self.layers[index], self.shape.norm_epsilon
+        update = layer.output(attended.flatten(1), at.update)
+        normed = add_rms_norm(hidden, update, layer.mlp_norm, epsilon, at.normed, scale=layer.output.scale)
+        gated = gated_activation(layer.gate_up(normed, at.gate_up), self.shape.activation, at.gated)
+        update = layer.down(gated, at.update)
+        return add_rms_norm(hidden, update, self._next_norms[index], epsilon, at.normed, scale=layer.down.scale)
+
+    def logits(self, x: torch.Tensor, at: Activations, room: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """float32 [T, vocabulary], contiguous: in `room`, from `DecoderArena.logits`, or new."""
+        if room is None:
+            return self.head(x).float().contiguous()
+        product, logits = room
+        self.head(x, product)
+        return logits if product.dtype == torch.float32 else logits.copy_(product)
