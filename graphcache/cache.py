@@ -56,7 +56,9 @@ class GraphCache(Generic[K]):
         self._core: CacheCore[K] = CacheCore(settings, policy or make_policy(settings.policy), clock, wake=signal.set)
         self._store = self._core.store
         checkpoint = self._core.checkpoint if thread else _go_on
-        capturer: Capturer[K] = Capturer(program, backend, clock, checkpoint=checkpoint)
+        capturer: Capturer[K] = Capturer(
+            program, backend, clock, checkpoint=checkpoint, turn_seconds=self._core.pulse.turn_seconds
+        )
         self._task: CaptureTask[K] = CaptureTask(self._core, capturer, signal, shut_seconds=SHUT_SECONDS)
         self._worker = Worker(self._task, signal, is_threaded=thread)
         self._is_threaded = thread

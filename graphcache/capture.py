@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from graphcache.clock import Clock
 from graphcache.errors import CaptureError, DeviceLostError
 from graphcache.graph import Graph
-from graphcache.interface import Backend, Captured, Program
+from graphcache.interface import Backend, Captured, Program, no_time
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -38,17 +38,26 @@ class Capturer(Generic[K]):
     Only DeviceLostError passes as it is, from any phase.
     """
 
-    def __init__(self, program: Program[K], backend: Backend, clock: Clock, *, checkpoint: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        program: Program[K],
+        backend: Backend,
+        clock: Clock,
+        *,
+        checkpoint: Callable[[], None],
+        turn_seconds: Callable[[], float] = no_time,
+    ) -> None:
         self._program = program
         self._backend = backend
         self._clock = clock
         self._checkpoint = checkpoint
+        self._turn_seconds = turn_seconds
         self._is_started = False
 
     def open(self) -> None:
         """Starts the backend unless it is. Raises CaptureError; the next call tries again."""
         if not self._is_started:
-            self._guard("the backend did not start", lambda: self._backend.start(self._checkpoint))
+            self._guard("the backend did not start", lambda: self._backend.start(self._checkpoint, self._turn_seconds))
             self._is_started = True
 
     def close(self) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Protocol, TypeVar
 
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
+
+
+def no_time() -> float:
+    """Every part is a turn of its own."""
+    return 0.0
 
 
 class Program(Protocol[K_contra]):
@@ -68,12 +74,12 @@ class Backend(Protocol):
         """Whether a replay could differ from the eager run at all."""
         ...
 
-    def start(self, checkpoint: Callable[[], None]) -> None:
+    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
         """Before the first capture: make streams, warm libraries on this thread. Raises CaptureError; tried again later.
 
         Between the phases of a capture, and between parts of what it runs, the backend may call `checkpoint()`, which returns
         when the capture may go on: it waits while captures are paused, and while others are served takes turns with their
-        steps.
+        steps. `turn_seconds()` is how much of the device's time a part should take at most, as things are.
         """
         ...
 
@@ -99,10 +105,12 @@ class Backend(Protocol):
         """
         ...
 
-    def give_way(self) -> None:
-        """For `work` to call between its parts: what is run apart from what is served goes on when that had its turn.
+    def give_way(self, seconds: float = math.inf) -> None:
+        """For `work` to call wherever it may be cut: what is run apart from what is served goes on when that had its turn.
 
-        In `warm_up` and `rehearse` all parts so far are over when it returns; in `capture` it does nothing.
+        `seconds`: about how long what was put on the device since the last call takes there. In `warm_up` and `rehearse` work
+        is cut here if with as much again it would take more than a turn's time; without `seconds`, always. All of it so far is
+        over then when this returns. In `capture` it does nothing.
         """
         ...
 

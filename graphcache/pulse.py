@@ -9,7 +9,8 @@ from graphcache.clock import Clock
 
 IDLE_SECONDS = 0.25  # without a recorded step: nobody is being served, where only records tell
 BREAK_SECONDS = 0.02  # between the end of a step and the next launch, where launches are told too: serving goes on
-TURN_SHARE = 0.06  # of a step, that what runs beside it may take before it waits for the next
+TURN_SHARE = 0.05  # of a step, that what runs beside it may take before it waits for the next
+IDLE_TURN_SECONDS = 1e-3  # of the device, at once, while nobody is served: whoever comes then waits for no more
 
 
 class Pulse:
@@ -63,6 +64,10 @@ class Pulse:
         ended.wait(seconds)
         self._ended = None
         self._turn_monotonic = self._monotonic()
+
+    def turn_seconds(self) -> float:
+        """How much of the device's time what runs beside those who are served may take before it waits."""
+        return TURN_SHARE * self._step_seconds if self.is_serving else IDLE_TURN_SECONDS
 
     def _serving_seconds(self) -> float:
         """How long it will be taken that somebody is served, unless there is another step; 0 for nobody."""

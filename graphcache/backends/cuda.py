@@ -16,6 +16,7 @@ Imports torch and cuda-bindings, and so is not imported by `graphcache` itself.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from graphcache.backends.cuda_runtime import OUT_OF_MEMORY, CudaCallError, CudaR
 from graphcache.backends.cuda_sizes import ExecutableSizes
 from graphcache.backends.cuda_torch import Torch, TorchDevice
 from graphcache.errors import CaptureError, DeviceLostError, GraphStateError
+from graphcache.interface import no_time
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +130,8 @@ class CudaBackend:
         self._capture_stream: int | None = None  # None: it could not be brought back after a failure, and is made anew
         self._warm_up_stream: int | None = None  # likewise
         self._checkpoint: Callable[[], None] = lambda: None
+        self._turn_seconds = no_time
+        self._part_seconds = 0.0  # of the part that is under way, about
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
         self._spares: list[Executable] = []  # newest last
         self._sizes = ExecutableSizes()
@@ -155,9 +159,10 @@ class CudaBackend:
 
     # Its life.
 
-    def start(self, checkpoint: Callable[[], None]) -> None:
+    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
         """See Backend. Makes the streams and the pool, has cuBLAS allocate its workspaces, and waits for that."""
         self._checkpoint = checkpoint
+        self._turn_seconds = turn_seconds
         try:
             self._torch.open()
             self._ensure_warm_up_stream()
@@ -253,14 +258,19 @@ class CudaBackend:
         except Exception as error:
             self._fail("rehearsing", error)
 
-    def give_way(self) -> None:
+    def give_way(self, seconds: float = math.inf) -> None:
         """See Backend."""
-        if self._end_part is not None:
+        if self._end_part is None:
+            return
+        self._part_seconds += seconds
+        if self._part_seconds + seconds > self._turn_seconds():
+            self._part_seconds = 0.0
             self._end_part()
 
     @contextmanager
     def _parted(self, end_part: Callable[[], None]) -> Iterator[None]:
         self._end_part = end_part
+        self._part_seconds = 0.0
         try:
             yield
         finally:

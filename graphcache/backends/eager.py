@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from graphcache.errors import GraphStateError
+from graphcache.interface import no_time
 
 
 class EagerCaptured:
@@ -36,7 +38,7 @@ class EagerBackend:
     def __init__(self, size_bytes: Callable[[str], int] | None = None) -> None:
         self._size_bytes = size_bytes
 
-    def start(self, checkpoint: Callable[[], None]) -> None:
+    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
         """Nothing to prepare."""
 
     def capture(self, name: str, work: Callable[[], None]) -> EagerCaptured:
@@ -48,7 +50,7 @@ class EagerBackend:
     def rehearse(self, work: Callable[[], None]) -> None:
         work()
 
-    def give_way(self) -> None:
+    def give_way(self, seconds: float = math.inf) -> None:
         """Nothing to wait for."""
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from collections.abc import Callable, Hashable
 
 from graphcache.clock import Clock, FakeClock, SystemClock
 from graphcache.errors import CaptureError, GraphStateError
+from graphcache.interface import no_time
 
 GATE_DEADLINE_SECONDS = 30.0
 
@@ -82,7 +84,7 @@ class FakeBackend:
         self._thread: int | None = None
         self._checkpoint: Callable[[], None] = lambda: None
 
-    def start(self, checkpoint: Callable[[], None]) -> None:
+    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
         self.num_starts += 1
         self._thread = threading.get_ident()
         self._checkpoint = checkpoint
@@ -111,7 +113,7 @@ class FakeBackend:
         self.num_rehearsals += 1
         work()
 
-    def give_way(self) -> None:
+    def give_way(self, seconds: float = math.inf) -> None:
         self.num_turns += 1
 
     def close(self) -> None:

@@ -203,7 +203,7 @@ def test_the_capture_backend_keeps_the_overlap(shape: str) -> None:
     runtime = _Edges()
     backend = CudaBackend(CUDA, runtime=runtime)
 
-    def forward(give_way: Callable[[], None] | None) -> None:
+    def forward(give_way: Callable[[float], None] | None) -> None:
         with torch.inference_mode():
             room.copy_(model.forward(buffers, driver.kv, arena, give_way)[: len(names)])
 

@@ -27,7 +27,7 @@ def sabotage() -> None:
         step: StepTensors,
         kv: KvTensors,
         arena: Arena | None = None,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         logits = forward(self, step, kv, arena, give_way)
         if FATAL_PROMPT in step.query_lens:

@@ -9,6 +9,7 @@ import pytest
 
 from graphcache import CaptureError, DeviceLostError, EagerBackend, FakeBackend, FakeClock, FakeProgram
 from graphcache.capture import Capturer, MismatchError, Verification
+from graphcache.interface import no_time
 
 
 def make_capturer(program: FakeProgram, backend: FakeBackend, clock: FakeClock) -> tuple[Capturer[str], list[str]]:
@@ -103,8 +104,8 @@ def test_a_backend_that_did_not_start_is_tried_again(program: FakeProgram, clock
     """A failed start fails the capture; the next capture starts the backend again."""
 
     class ShyBackend(FakeBackend):
-        def start(self, checkpoint: Callable[[], None]) -> None:
-            super().start(checkpoint)
+        def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
+            super().start(checkpoint, turn_seconds)
             if self.num_starts == 1:
                 raise RuntimeError("no device yet")
 

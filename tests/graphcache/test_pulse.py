@@ -9,7 +9,7 @@ import pytest
 
 from graphcache import FakeClock, SystemClock
 from graphcache import pulse as pulse_module
-from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, TURN_SHARE, Pulse
+from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, IDLE_TURN_SECONDS, TURN_SHARE, Pulse
 
 
 def test_a_step_under_way_is_served_for_as_long_as_it_takes() -> None:
@@ -134,3 +134,18 @@ def test_a_step_that_waited_for_another_is_no_longer_for_it(monkeypatch: pytest.
     begin = time.monotonic()
     pulse.take_turn()
     assert time.monotonic() - begin > 0.04
+
+
+def test_a_turn_is_a_share_of_a_step() -> None:
+    """Beside steps a part may take a small share of the newest one; while nobody is served, a fixed short time."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    assert pulse.turn_seconds() == IDLE_TURN_SECONDS
+    pulse.launched()
+    pulse.launched()
+    clock.advance(0.5)
+    pulse.finished()
+    assert pulse.turn_seconds() == TURN_SHARE * 0.5
+    pulse.finished()
+    clock.advance(BREAK_SECONDS * 2)
+    assert pulse.turn_seconds() == IDLE_TURN_SECONDS

@@ -66,7 +66,7 @@ class StepProgram:
         sampler: Sampler,
         *,
         is_fixed: bool = False,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> None:
         """One step of this shape. `is_fixed`: nothing of the step at hand shapes the work. `give_way`: see Model.forward."""
         buffers, slots = state.buffers, state.slots

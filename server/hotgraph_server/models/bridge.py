@@ -195,7 +195,7 @@ class Bridge:
         step: StepTensors,
         kv: KvTensors,
         arena: Arena | None = None,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         """See `Model.forward`. The result is an inference tensor."""
         if self.is_paged:

@@ -114,7 +114,7 @@ class Decoder:
         step: StepTensors,
         kv: KvTensors,
         arena: Arena | None = None,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         """See `Model.forward`. Without an arena the result is an inference tensor."""
         assert arena is None or isinstance(arena, DecoderArena)
@@ -130,16 +130,22 @@ class Decoder:
         at = Activations() if arena is None else arena.tokens(num_tokens)
         hidden = torch.index_select(self._embedding, 0, step.token_ids, out=at.hidden)
         x = layers.enter(hidden, at)
+        attend_seconds, join_seconds, transform_seconds = layers.part_seconds(num_tokens)
         for index in range(self._shape.num_layers):
             attended = layers.attend(index, x, inputs, at)
+            if give_way is not None:
+                give_way(attend_seconds)
             if index == self._shape.num_layers - 1 and not is_one_token_a_row:
                 # Of the last layer only what the logits are made of is needed.
                 at = Activations() if arena is None else arena.last_tokens(num_rows)
                 attended = torch.index_select(attended, 0, step.last_indices, out=at.attended)
                 hidden = torch.index_select(hidden, 0, step.last_indices, out=at.hidden)
-            x = layers.finish(index, attended, hidden, at)
+            x = layers.join(index, attended, hidden, at)
             if give_way is not None:
-                give_way()
+                give_way(join_seconds)
+            x = layers.transform(index, x, hidden, at)
+            if give_way is not None:
+                give_way(transform_seconds)
         return layers.logits(x, at, None if arena is None else arena.logits(num_rows))
 
     def _layers_for(self, num_tokens: int) -> Layers:

@@ -63,11 +63,15 @@ class FewRowsLayers(Layers):
             pdl=self._pdl,
         )
 
-    def finish(self, index: int, attended: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
-        """The rest of layer `index`, added to `hidden`, which is the next `x`."""
+    def join(self, index: int, attended: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """Adds what layer `index` attended to `hidden`, which is the `x` for `transform`."""
+        self._add_product(self.layers[index].output, attended.flatten(1), hidden)
+        return hidden
+
+    def transform(self, index: int, x: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """The gated products of layer `index`, added to `hidden`, which is the next `x`."""
         layer = self.layers[index]
-        self._add_product(layer.output, attended.flatten(1), hidden)
-        gated = self._normed_product(layer.gate_up, hidden, layer.mlp_norm, at.gated, at, self.shape.activation)
+        gated = self._normed_product(layer.gate_up, x, layer.mlp_norm, at.gated, at, self.shape.activation)
         self._add_product(layer.down, gated, hidden)
         return hidden
 

@@ -106,13 +106,13 @@ class Model(Protocol):
         step: StepTensors,
         kv: KvTensors,
         arena: Arena | None = None,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         """Writes the step's keys and values into `kv`; returns the logits after each row's last token, float32 [R, vocabulary].
 
         No autograd, no random numbers, no host synchronisation on a CUDA device. With an arena (one of this model, or None)
         the intermediate results and the logits are views of it, valid until the next forward with that arena, and nothing that
         the host knows of the step shapes the work: T = R then says that no row has more than one token. `give_way` is called
-        between parts of the work that take about as long, by models that have such parts.
+        wherever the work may be cut, with about how many seconds the part before takes on the device, by models that know.
         """
         ...

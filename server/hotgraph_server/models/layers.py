@@ -18,6 +18,7 @@ from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
 from hotgraph_server.models.arena import Activations
+from hotgraph_server.models.device_rates import KERNEL_SECONDS, DeviceRates
 from hotgraph_server.models.interface import KvTensors
 from hotgraph_server.models.shape import DecoderShape
 from hotgraph_server.models.weights import Linear
@@ -53,10 +54,10 @@ class LayerInputs:
 
 
 class Layers:
-    """A step goes through `enter`, then for each layer through `attend` and `finish`, then through `logits`.
+    """A step goes through `enter`, then for each layer through `attend`, `join` and `transform`, then through `logits`.
 
     What one hands to the next is `x`, [T, hidden]: here the normed sum, in `few_rows_layers.py` the sum itself. `hidden`,
-    [T, hidden], is that sum, and is updated in place. `at` says where results go. Between `attend` and `finish` of the last
+    [T, hidden], is that sum, and is updated in place. `at` says where results go. Between `attend` and `join` of the last
     layer the caller may leave tokens out, and `at` may change with them.
     """
 
@@ -70,6 +71,7 @@ class Layers:
         self._next_norms = [*(layer.attention_norm for layer in layers[1:]), norm]
         self._scaling = shape.head_dim**-0.5
         self._pdl = has_pdl(norm.device)
+        self._rates = DeviceRates.of(norm.device)
 
     def enter(self, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
         """The first `x`, of the tokens' embeddings."""
@@ -105,14 +107,30 @@ class Layers:
             out=at.query,
         )
 
-    def finish(self, index: int, attended: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
-        """The rest of layer `index`, added to `hidden`; the next `x`."""
-        layer, epsilon = self.layers[index], self.shape.norm_epsilon
+    def join(self, index: int, attended: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """Adds what layer `index` attended to `hidden`; the `x` for `transform`."""
+        layer = self.layers[index]
         update = layer.output(attended.flatten(1), at.update)
-        normed = add_rms_norm(hidden, update, layer.mlp_norm, epsilon, at.normed, scale=layer.output.scale)
-        gated = gated_activation(layer.gate_up(normed, at.gate_up), self.shape.activation, at.gated)
+        return add_rms_norm(
+            hidden, update, layer.mlp_norm, self.shape.norm_epsilon, at.normed, scale=layer.output.scale
+        )
+
+    def transform(self, index: int, x: torch.Tensor, hidden: torch.Tensor, at: Activations) -> torch.Tensor:
+        """The gated products of layer `index`, added to `hidden`; the next `x`."""
+        layer = self.layers[index]
+        gated = gated_activation(layer.gate_up(x, at.gate_up), self.shape.activation, at.gated)
         update = layer.down(gated, at.update)
-        return add_rms_norm(hidden, update, self._next_norms[index], epsilon, at.normed, scale=layer.down.scale)
+        return add_rms_norm(
+            hidden, update, self._next_norms[index], self.shape.norm_epsilon, at.normed, scale=layer.down.scale
+        )
+
+    def part_seconds(self, num_tokens: int) -> tuple[float, float, float]:
+        """About how long `attend`, `join` and `transform` of any layer take on the device; what attention reads left out."""
+        layer, dtype, rates = self.layers[0], self.norm.dtype, self._rates
+        qkv, output, gate_up, down = (
+            rates.product_seconds(linear.num_bytes, num_tokens, dtype.itemsize) for linear in layer.linears
+        )
+        return qkv + 2 * KERNEL_SECONDS, output + KERNEL_SECONDS, gate_up + down + 2 * KERNEL_SECONDS
 
     def logits(self, x: torch.Tensor, at: Activations, room: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """float32 [T, vocabulary], contiguous: in `room`, from `DecoderArena.logits`, or new."""

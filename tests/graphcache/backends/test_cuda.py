@@ -388,6 +388,33 @@ def test_a_warm_up_gives_way_between_its_parts(rig: Rig) -> None:
     assert rig.runtime.calls.count("checkpoint") == 2  # those between its phases
 
 
+def test_parts_that_take_little_are_one(rig: Rig) -> None:
+    """Work is cut where with as much again it would take more than a turn's time, as that is then."""
+    turn_seconds = 0.5
+    rig.backend.close()
+    rig.backend.start(lambda: rig.runtime.calls.append("checkpoint"), lambda: turn_seconds)
+    rig.runtime.calls.clear()
+    cuts: list[int] = []
+
+    def work() -> None:
+        nonlocal turn_seconds
+        for index in range(12):
+            if index == 6:
+                turn_seconds = 0.25
+            rig.work("a")()
+            before = rig.runtime.calls.count("checkpoint")
+            rig.backend.give_way(0.125)
+            if rig.runtime.calls.count("checkpoint") > before:
+                cuts.append(index)
+
+    for run_apart in (rig.backend.warm_up, rig.backend.rehearse):
+        turn_seconds = 0.5
+        cuts.clear()
+        run_apart(work)
+        assert cuts == [3, 6, 8, 10]
+    rig.check_clean()
+
+
 def test_a_rehearsal_replays_what_it_records_part_by_part(rig: Rig) -> None:
     """Each part is recorded, made launchable, run and thrown away, apart from the graphs' stream and from their pool."""
     seen: list[list[str]] = []

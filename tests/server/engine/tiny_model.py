@@ -13,6 +13,7 @@ VOCABULARY = 97
 CONTEXT = 96
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 8
 HIDDEN = NUM_HEADS * HEAD_DIM
+PART_SECONDS = 1e-5  # that a layer says it takes
 
 
 class TinyModel:
@@ -52,7 +53,7 @@ class TinyModel:
         step: StepTensors,
         kv: KvTensors,
         arena: Arena | None = None,
-        give_way: Callable[[], None] | None = None,
+        give_way: Callable[[float], None] | None = None,
     ) -> torch.Tensor:
         """See models.interface.Model."""
         if self.error is not None:
@@ -78,7 +79,7 @@ class TinyModel:
                 )
             hidden = hidden + attended
             if give_way is not None:
-                give_way()
+                give_way(PART_SECONDS)
         logits = hidden[step.last_indices] @ self.head
         if self.nan_token is not None:
             logits[step.token_ids[step.last_indices] == self.nan_token] = torch.nan
