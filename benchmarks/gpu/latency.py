@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import random
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,8 @@ from benchmarks.gpu.report import (
     summary_of,
 )
 from benchmarks.gpu.service import WARM_SECONDS, Completion, Service, failures, make_settings, run, serving
-from hotgraph_client import Client, Finished, GraphKey, Receipt, SamplerVariant, Tokens
+from benchmarks.gpu.streams import Clients, clients, stream
+from hotgraph_client import Client, GraphKey, Receipt, SamplerVariant
 
 NUM_CHECKED_TOKENS = 8
 WARM_UPS = 3
@@ -172,9 +172,9 @@ def measure_grpc(arguments: argparse.Namespace, report: Report) -> dict[str, Any
 def measure_target(arguments: argparse.Namespace, report: Report, target: str) -> dict[str, Any]:
     """The same at a daemon that serves already."""
     source = random.Random(arguments.seed + 1)
-    with Client(target) as client:
+    with Client(target) as client, clients(target, max(arguments.batches)) as streams:
         vocabulary_size = client.get_model().vocabulary_size
-        num_missing = _warm_daemon(client, arguments, vocabulary_size, source)
+        num_missing = _warm_daemon(client, streams, arguments, vocabulary_size, source)
         report.check("the daemon's graphs were captured", is_passed=num_missing == 0, detail=f"{num_missing} were not")
         ttft: dict[str, Any] = {}
         for length in arguments.lengths:
@@ -196,7 +196,7 @@ def measure_target(arguments: argparse.Namespace, report: Report, target: str) -
             per_stream: list[float] = []
             gaps: list[float] = []
             for index in range(1 + arguments.rounds):
-                times = _together(client, arguments, batch, vocabulary_size, source)
+                times = _together(streams, arguments, batch, vocabulary_size, source)
                 if index:
                     round_per_stream, round_gaps = steady_part(times)
                     per_stream += round_per_stream
@@ -208,27 +208,20 @@ def measure_target(arguments: argparse.Namespace, report: Report, target: str) -
 
 def _generate(client: Client, prompt: Sequence[int], max_tokens: int) -> tuple[Completion, Receipt]:
     """One streamed request; its receipt is the client's own type."""
-    found = Completion(time.perf_counter())
-    receipt = Receipt()
-    with client.generate(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, omit_text=True) as events:
-        for event in events:
-            if isinstance(event, Tokens):
-                now = time.perf_counter()
-                found.token_ids += event.token_ids
-                found.token_seconds += [now] * len(event.token_ids)
-            elif isinstance(event, Finished):
-                receipt = event.receipt
-    return found, receipt
+    begin_seconds, token_seconds, token_ids, receipt = stream(client, prompt, max_tokens)
+    return Completion(begin_seconds, token_ids=token_ids, token_seconds=token_seconds), receipt
 
 
-def _warm_daemon(client: Client, arguments: argparse.Namespace, vocabulary_size: int, source: random.Random) -> int:
+def _warm_daemon(
+    client: Client, streams: Clients, arguments: argparse.Namespace, vocabulary_size: int, source: random.Random
+) -> int:
     """Asks for the graphs by sending what needs them, then waits; returns how many requests still ran eagerly."""
     keys = []
     for length in arguments.lengths:
         _generate(client, random_prompt(length, vocabulary_size, source), 2)
     for batch in arguments.batches:
         keys.append(GraphKey(batch, batch, SamplerVariant.GREEDY))
-        _together(client, arguments, batch, vocabulary_size, source)
+        _together(streams, arguments, batch, vocabulary_size, source)
     if keys:
         client.prewarm_graphs(keys, wait_seconds=60.0)
     deadline = time.monotonic() + WARM_SECONDS
@@ -242,27 +235,11 @@ def _warm_daemon(client: Client, arguments: argparse.Namespace, vocabulary_size:
 
 
 def _together(
-    client: Client, arguments: argparse.Namespace, batch: int, vocabulary_size: int, source: random.Random
+    streams: Clients, arguments: argparse.Namespace, batch: int, vocabulary_size: int, source: random.Random
 ) -> list[list[float]]:
-    """Times of the tokens of so many streams at once, a thread each. Raises what a stream raised."""
+    """Times of the tokens of so many streams at once."""
     prompts = [random_prompt(arguments.batch_prompt, vocabulary_size, source) for _ in range(batch)]
-    times: list[list[float]] = [[] for _ in range(batch)]
-    errors: list[Exception] = []
-
-    def read(index: int) -> None:
-        try:
-            times[index] = _generate(client, prompts[index], arguments.batch_tokens)[0].token_seconds
-        except Exception as error:  # raised again by whoever waits
-            errors.append(error)
-
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(batch)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return times
+    return streams.token_seconds(prompts, arguments.batch_tokens)
 
 
 # Tables.
