@@ -28,9 +28,11 @@ class Entry(Generic[K]):
         self.demand = Demand(now)
         self.graph: Graph[K] | None = None
         self.captured: Captured | None = None
-        self.is_replayed = (
-            True  # by the program that verified it: not while it was only told beside others to be in order
-        )
+        # By the program that verified it: not while it was only told, beside others, to be in order.
+        self.is_replayed = True
+        self.num_second_looks = 0  # that could not tell, at the graph that is published
+        self.num_second_failures = 0  # of those, how many raised
+        self.second_look_monotonic = now  # not before
         self.size_bytes = 0  # as last measured, or as a profile says; 0 when unknown
         self.profile_saved_seconds: float | None = None  # as a profile says, until it is measured
         self.num_failures = 0

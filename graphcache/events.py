@@ -27,7 +27,7 @@ class EventType(enum.Enum):
     VERIFIED = "verified"  # it gave the eager result on a probe
     PUBLISHED = "published"  # it serves from now on
     EVICTED = "evicted"  # it was thrown out, or its wish was pushed out of the queue
-    FAILED = "failed"  # the capture failed, or there was no room
+    FAILED = "failed"  # the capture failed, or there was no room; with no graph: the device is lost
     QUARANTINED = "quarantined"  # it gave another result than eager
     PINNED = "pinned"  # it may not be evicted for a while
     UNPINNED = "unpinned"  # it may be evicted again

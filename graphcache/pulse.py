@@ -49,7 +49,7 @@ class Pulse:
     def recorded(self, seconds: float | None) -> float:
         """A step was counted as a hit or a miss; returns the time. `seconds`: what it took, if that is known."""
         now = self._monotonic()
-        return now if self._is_told else self._end(now - (seconds or 0.0))
+        return now if self._is_told else self._end(None if seconds is None else now - seconds)
 
     def take_turn(self) -> None:
         """For the capture thread, between parts of its work: returns when it may go on.
@@ -78,9 +78,10 @@ class Pulse:
             return 0.0
         return max(0.0, last + (BREAK_SECONDS if self._is_told else IDLE_SECONDS) - self._monotonic())
 
-    def _end(self, begin: float) -> float:
+    def _end(self, begin: float | None) -> float:
         self._last_monotonic = now = self._monotonic()
-        self._step_seconds = now - begin
+        if begin is not None:
+            self._step_seconds = now - begin
         ended = self._ended
         if ended is not None:
             ended.set()

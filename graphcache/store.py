@@ -23,6 +23,7 @@ from graphcache.settings import CacheSettings
 K = TypeVar("K", bound=Hashable)
 
 NO_ROOM = "no room: what is kept is worth more, or pinned"
+FIRST_PUT_OFF_SECONDS = 0.5  # of a second look that could not tell
 FORGET_SHARE = 8  # at its limit, the memory of what is not held loses one part in this many
 
 _FORGET_ORDER = {GraphState.EVICTED: 0, GraphState.FAILED: 1, GraphState.QUARANTINED: 2}
@@ -155,6 +156,8 @@ class GraphStore(Generic[K]):
         )
         entry.graph, entry.captured, entry.timings = graph, captured, timings
         entry.is_replayed = is_replayed
+        entry.num_second_looks = entry.num_second_failures = 0
+        entry.second_look_monotonic = now
         entry.size_bytes = captured.size_bytes
         entry.num_failures, entry.failure = 0, ""
         entry.publish_time = self._clock.time()
@@ -205,9 +208,23 @@ class GraphStore(Generic[K]):
             self.ledger.unpin(entry.size_bytes)
             self._tell(EventType.UNPINNED, entry, detail)
 
-    def unreplayed(self) -> Entry[K] | None:
-        """A ready graph whose verification did not replay it; the one that was published first. None when there is none."""
-        return next((entry for entry in self._ready() if not entry.is_replayed), None)
+    @property
+    def has_unreplayed(self) -> bool:
+        """Whether there is a ready graph whose verification did not replay it."""
+        return any(not entry.is_replayed for entry in self._ready())
+
+    def unreplayed(self, now: float) -> Entry[K] | None:
+        """The first published of those graphs that may be looked at again now. None when there is none."""
+        return next(
+            (entry for entry in self._ready() if not entry.is_replayed and entry.second_look_monotonic <= now), None
+        )
+
+    def put_off(self, entry: Entry[K]) -> None:
+        """A second look at its graph could not tell: the next one waits, twice as long each time."""
+        settings = self._settings
+        delay_seconds = FIRST_PUT_OFF_SECONDS * 2.0 ** min(entry.num_second_looks, 64)
+        entry.num_second_looks += 1
+        entry.second_look_monotonic = self._clock.monotonic() + min(delay_seconds, settings.max_backoff_seconds)
 
     def take_idle(self) -> list[Retired[K]]:
         """Retired graphs that nothing uses any more: the fence is behind them. The caller destroys and frees them."""

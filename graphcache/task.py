@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
@@ -20,7 +21,8 @@ K = TypeVar("K", bound=Hashable)
 
 log = logging.getLogger("graphcache")
 
-VERIFY_AGAIN_SECONDS = 0.5  # after a second look that could not tell
+MAX_SECOND_FAILURES = 3  # of second looks at a graph, before it is withdrawn
+IDLE_LOOK_SECONDS = 0.25  # between looks whether nobody is served any more, where that is waited for
 
 
 class CaptureTask(Generic[K]):
@@ -32,7 +34,6 @@ class CaptureTask(Generic[K]):
         self._signal = signal
         self._shut_seconds = shut_seconds
         self.lost: DeviceLostError | None = None
-        self._verify_monotonic = core.clock.monotonic()  # no second look before
         self._report_monotonic = core.clock.monotonic() + core.settings.statistics_interval_seconds
 
     def open(self) -> None:
@@ -69,40 +70,45 @@ class CaptureTask(Generic[K]):
     def verify_next(self) -> bool:
         """While nobody is served: asks again about one published graph that was only told to be in order beside others.
 
-        Whether that said more than before. One that is wrong is withdrawn, and its key quarantined.
+        Whether that said more than before. One that is wrong, or cannot be told again and again, is withdrawn, and its key
+        quarantined.
         """
         core = self._core
         with core.changing():
-            if core.is_serving or core.governor.is_paused or core.clock.monotonic() < self._verify_monotonic:
+            if self.lost is not None or core.is_serving or core.governor.is_paused:
                 return False
-            entry = core.store.unreplayed()
+            entry = core.store.unreplayed(core.clock.monotonic())
             graph = entry.graph if entry is not None else None
             if entry is None or graph is None or not graph.acquire():
                 return False
-        failure, verification = "", None
+        started, waited_seconds = core.clock.monotonic(), core.governor.waited_seconds
+        failure, is_replayed = "", False
         try:
-            verification = self._capturer.verify_again(graph)
+            is_replayed = self._capturer.verify_again(graph).is_replayed
         except MismatchError as error:
             failure = str(error)
         except CaptureError as error:
             log.warning("%s could not be verified again: %s", graph.name, error)
+            entry.num_second_failures += 1
+            if entry.num_second_failures == MAX_SECOND_FAILURES:
+                failure = str(error)
         except DeviceLostError as error:
             self._lose(error)
-            failure = str(error)
-        graph.release()
-        is_replayed = verification is not None and verification.is_replayed
-        if not (is_replayed or failure):  # it could not be told: somebody came to be served, say
-            self._verify_monotonic = core.clock.monotonic() + VERIFY_AGAIN_SECONDS
             return False
+        finally:
+            graph.release()
         with core.changing():
+            self._charge(started, waited_seconds)
             if entry.graph is graph:  # it may be gone meanwhile
                 if failure:
                     core.store.withdraw(entry, failure)
-                else:
+                elif is_replayed:
                     entry.is_replayed = True
                     core.store.tell_progress(EventType.VERIFIED, entry)
+                else:  # it could not be told: somebody came to be served, say
+                    core.store.put_off(entry)
         self._destroy_idle()
-        return True
+        return bool(is_replayed or failure)
 
     def shut(self) -> None:
         """Empties queue and cache, destroys every graph once nothing uses it, closes the backend."""
@@ -115,10 +121,10 @@ class CaptureTask(Generic[K]):
                 entry = core.store.entries[key]
                 core.store.unpin(entry, "the cache was closed")
                 core.store.evict(entry, "the cache was closed")
-        deadline = core.clock.monotonic() + self._shut_seconds
+        deadline = time.monotonic() + self._shut_seconds  # a real wait, whatever the cache's clock is
         self._destroy_idle()
-        while core.store.retired and core.clock.monotonic() < deadline:
-            self._signal.wait(deadline - core.clock.monotonic())
+        while core.store.retired and (seconds := deadline - time.monotonic()) > 0:
+            self._signal.wait(seconds)
             self._destroy_idle()
         if core.store.retired:
             names = ", ".join(retired.graph.name for retired in core.store.retired)
@@ -146,16 +152,21 @@ class CaptureTask(Generic[K]):
             with core.changing():
                 core.store.fail(entry, str(error))
         except DeviceLostError as error:
-            self._lose(error)
             with core.changing():
                 core.store.fail(entry, str(error))
+            self._lose(error)
         else:
             self._publish(entry, captured, timings, is_replayed=is_replayed)
-        # A capture that stands still for a pause holds nobody up.
-        seconds = core.clock.monotonic() - started - (core.governor.waited_seconds - waited_seconds)
         with core.changing():
-            core.capture_seconds += NEW_SAMPLE_WEIGHT * (seconds - core.capture_seconds)
-            core.governor.charge(seconds, is_serving=core.is_serving)
+            core.capture_seconds += NEW_SAMPLE_WEIGHT * (self._charge(started, waited_seconds) - core.capture_seconds)
+
+    def _charge(self, started: float, waited_seconds: float) -> float:
+        """Takes what was done since `started` off the stall budget; returns its seconds. While it stood still it held nobody
+        up; `waited_seconds`: what the governor had waited by then."""
+        core = self._core
+        seconds = core.clock.monotonic() - started - (core.governor.waited_seconds - waited_seconds)
+        core.governor.charge(seconds, is_serving=core.is_serving)
+        return seconds
 
     def _lose(self, error: DeviceLostError) -> None:
         """Nothing is captured any more; what is published stays, and fails in the hands of whoever replays it."""
@@ -164,6 +175,7 @@ class CaptureTask(Generic[K]):
         with core.changing():
             self.lost = error
             core.is_closed = True
+            core.events.append(EventType.FAILED, detail=str(error))
             for key in core.pending.clear():
                 core.store.unplan(core.store.entries[key], str(error))
 
@@ -225,4 +237,6 @@ class CaptureTask(Generic[K]):
                 delay_seconds = core.governor.delay_seconds(is_serving=core.is_serving)
                 if delay_seconds > 0:  # 0: what it waits for is a release, which wakes
                     seconds = min(seconds, delay_seconds)
+            if core.is_serving and (core.pending or core.store.has_unreplayed):
+                seconds = min(seconds, IDLE_LOOK_SECONDS)
             return seconds

@@ -37,11 +37,20 @@ log = logging.getLogger("graphcache")
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a graph's topology is compared here: an update need not notice that an edge is of another type, and two chains of
+    as many kernels may differ in nothing else."""
+
+    num_nodes: int
+    edge_types: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Executable:
-    """An instantiated graph: its handle, its shape as (nodes, edges), and what it holds of device memory."""
+    """An instantiated graph: its handle, its shape, and what it holds of device memory."""
 
     handle: int
-    shape: tuple[int, int]
+    shape: Shape
     size_bytes: int
 
 
@@ -80,7 +89,7 @@ class CudaCaptured:
         self.record_seconds = record_seconds
         self.instantiate_seconds = instantiate_seconds  # or update; and upload
         self.is_update = is_update
-        self.num_nodes = executable.shape[0]
+        self.num_nodes = executable.shape.num_nodes
         self._backend = backend
         self._executable: Executable | None = executable
 
@@ -280,7 +289,7 @@ class CudaBackend:
         """Ends the recording of a part, runs it, and waits for it."""
         graph = self._runtime.end_capture(stream)
         try:
-            if self._runtime.shape(graph)[0] == 0:
+            if self._runtime.num_nodes(graph) == 0:
                 return
             executable = self._runtime.instantiate(graph)
             try:
@@ -367,8 +376,8 @@ class CudaBackend:
         """An executable of `graph`, uploaded; the seconds that took; and whether it is a spare, updated."""
         stream = self._capture_stream
         assert stream is not None
-        shape = self._runtime.shape(graph)
-        if shape[0] == 0:
+        shape = Shape(self._runtime.num_nodes(graph), self._runtime.edge_types(graph))
+        if shape.num_nodes == 0:
             raise CaptureError("the work put nothing on the capture stream")
         started = perf_counter()
         spare = self._update_spare(graph, shape)
@@ -396,12 +405,12 @@ class CudaBackend:
             self._num_updates += 1
             return spare, seconds, True
         self._num_instantiates += 1
-        return Executable(handle, shape, self._sizes.measured(shape[0], fallen_bytes)), seconds, False
+        return Executable(handle, shape, self._sizes.measured(shape.num_nodes, fallen_bytes)), seconds, False
 
-    def _update_spare(self, graph: int, shape: tuple[int, int]) -> Executable | None:
+    def _update_spare(self, graph: int, shape: Shape) -> Executable | None:
         """A spare that does what `graph` does from its next launch on; no spare any more. None when none can.
 
-        Spares with as many nodes and edges are tried, newest first: the driver alone knows whether the rest agrees. One
+        Spares of the same shape are tried, newest first: the driver alone knows whether the rest agrees. One
         that was refused stays: it is launched only after an update that succeeded, which sets all there is to set.
         """
         for index in reversed(range(len(self._spares))):

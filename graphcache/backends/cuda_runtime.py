@@ -57,8 +57,10 @@ class Runtime(Protocol):
         """Also while a broken capture waits for its end."""
         ...
 
-    def shape(self, graph: int) -> tuple[int, int]:
-        """Number of nodes and of edges."""
+    def num_nodes(self, graph: int) -> int: ...
+
+    def edge_types(self, graph: int) -> tuple[int, ...]:
+        """Of every edge, in the driver's order: whether the second node waits for the end of the first, or starts before."""
         ...
 
     def destroy_graph(self, graph: int) -> None: ...
@@ -125,11 +127,16 @@ class CudaRuntime:
         status = check("cudaStreamIsCapturing", cudart.cudaStreamIsCapturing(stream))
         return bool(status != cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone)
 
-    def shape(self, graph: int) -> tuple[int, int]:
-        # Asked for none of them, both return how many there are, last.
-        nodes = check("cudaGraphGetNodes", cudart.cudaGraphGetNodes(cudart.cudaGraph_t(graph)))
-        edges = check("cudaGraphGetEdges", cudart.cudaGraphGetEdges(cudart.cudaGraph_t(graph)))
-        return int(nodes[-1]), int(edges[-1])
+    def num_nodes(self, graph: int) -> int:
+        # Asked for none of them, it returns how many there are, last; so below.
+        return int(check("cudaGraphGetNodes", cudart.cudaGraphGetNodes(cudart.cudaGraph_t(graph)))[-1])
+
+    def edge_types(self, graph: int) -> tuple[int, ...]:
+        count = int(check("cudaGraphGetEdges", cudart.cudaGraphGetEdges(cudart.cudaGraph_t(graph)))[-1])
+        if count == 0:
+            return ()
+        edges = check("cudaGraphGetEdges", cudart.cudaGraphGetEdges(cudart.cudaGraph_t(graph), count))
+        return tuple(int(edge.type) for edge in edges[2])
 
     def destroy_graph(self, graph: int) -> None:
         check("cudaGraphDestroy", cudart.cudaGraphDestroy(cudart.cudaGraph_t(graph)))

@@ -149,3 +149,13 @@ def test_a_turn_is_a_share_of_a_step() -> None:
     pulse.finished()
     clock.advance(BREAK_SECONDS * 2)
     assert pulse.turn_seconds() == IDLE_TURN_SECONDS
+
+
+def test_a_record_without_a_time_says_nothing_of_steps() -> None:
+    """It tells that somebody is served, and leaves what is known of the length of a step."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.recorded(0.5)
+    pulse.recorded(None)
+    assert pulse.is_serving
+    assert pulse.turn_seconds() == pytest.approx(TURN_SHARE * 0.5)

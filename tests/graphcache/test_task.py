@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from graphcache import (
     CacheClosedError,
+    CaptureError,
     DeviceLostError,
     EagerBackend,
     Event,
@@ -21,7 +24,8 @@ from graphcache import (
     Priority,
     Profile,
 )
-from graphcache.task import VERIFY_AGAIN_SECONDS
+from graphcache.store import FIRST_PUT_OFF_SECONDS
+from graphcache.task import IDLE_LOOK_SECONDS, MAX_SECOND_FAILURES
 
 MakeCache = Callable[..., GraphCache[str]]
 
@@ -300,7 +304,7 @@ def test_what_was_told_beside_others_is_asked_again(
     capture(cache, "a", "b")
     assert backend.num_replays == {}
     program.is_busy = False
-    clock.advance(VERIFY_AGAIN_SECONDS)
+    clock.advance(FIRST_PUT_OFF_SECONDS)
     assert cache.run_pending() == 0
     assert backend.num_replays == {"a": 1, "b": 1}
     cache.run_pending()
@@ -317,7 +321,7 @@ def test_one_that_proves_wrong_later_is_withdrawn(
     capture(cache, "a", "b")
     cache.pin("a", 60.0)
     program.is_busy = False
-    clock.advance(VERIFY_AGAIN_SECONDS)
+    clock.advance(FIRST_PUT_OFF_SECONDS)
     cache.run_pending()
     assert cache.get("a").state is GraphState.QUARANTINED
     assert cache.lookup("a") is None
@@ -332,7 +336,7 @@ def test_nobody_is_held_up_by_a_second_look(
     """While steps are under way or captures are paused there is none; one that could not tell waits before the next."""
     program.is_busy = True
     capture(cache, "a")
-    clock.advance(VERIFY_AGAIN_SECONDS)
+    clock.advance(FIRST_PUT_OFF_SECONDS)
     program.is_busy = False
     cache.step_launched()
     cache.run_pending()
@@ -348,7 +352,7 @@ def test_nobody_is_held_up_by_a_second_look(
     program.is_busy = False
     cache.run_pending()
     assert not backend.num_replays
-    clock.advance(VERIFY_AGAIN_SECONDS)
+    clock.advance(2 * FIRST_PUT_OFF_SECONDS)
     cache.run_pending()
     assert backend.num_replays == {"a": 1}
 
@@ -356,18 +360,123 @@ def test_nobody_is_held_up_by_a_second_look(
 def test_a_second_look_may_find_the_device_lost(
     cache: GraphCache[str], program: FakeProgram, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
 ) -> None:
-    """Then the cache is lost: it says so with the first event that tells of it, and refuses wishes."""
+    """Then the cache is lost: it says so with an event, refuses wishes, and looks at nothing else; what serves stays."""
     program.is_busy = True
-    capture(cache, "a")
+    capture(cache, "a", "b")
     heard: list[tuple[EventType, bool]] = []
     cache.add_listener(lambda event: heard.append((event.type, cache.lost is not None)))
+    looked_at: list[object] = []
 
     def lost(key: object, replay: Callable[[], None]) -> bool:
+        looked_at.append(key)
         raise DeviceLostError("gone")
 
     monkeypatch.setattr(program, "verify", lost)
-    clock.advance(VERIFY_AGAIN_SECONDS)
-    cache.run_pending()
-    assert heard == [(EventType.QUARANTINED, True)]
+    for _ in range(3):
+        clock.advance(100.0)
+        cache.run_pending()
+    assert (EventType.FAILED, True) in heard
+    assert looked_at == ["a"]
+    assert cache.get("a").state is GraphState.READY
     with pytest.raises(DeviceLostError):
-        cache.request("b")
+        cache.request("c")
+
+
+def test_one_that_cannot_be_told_keeps_none_from_its_second_look(
+    cache: GraphCache[str], program: FakeProgram, monkeypatch: pytest.MonkeyPatch, clock: FakeClock
+) -> None:
+    """A look that says nothing is put off, twice as long each time; one that fails again and again ends the graph."""
+    program.is_busy = True
+    capture(cache, "vague", "broken", "good")
+    looks: Counter[object] = Counter()
+
+    def verify(key: object, replay: Callable[[], None]) -> bool | None:
+        looks[key] += 1
+        if key == "broken":
+            raise CaptureError("no gap")
+        return None if key == "vague" else True
+
+    monkeypatch.setattr(program, "verify", verify)
+    for _ in range(600):
+        clock.advance(0.1)
+        cache.run_pending()
+    assert looks["good"] == 1
+    assert looks["broken"] == MAX_SECOND_FAILURES
+    assert 5 <= looks["vague"] <= 8  # in a minute
+    assert [cache.get(name).state for name in ("vague", "good")] == [GraphState.READY] * 2
+    assert cache.get("broken").state is GraphState.QUARANTINED
+    assert cache.get("broken").failure == "no gap"
+
+
+def test_verdicts_of_other_kinds(cache: GraphCache[str], program: FakeProgram, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a truth value counts as it is; what has none is a failed capture, and neither is left half way."""
+
+    class Unsure:
+        def __bool__(self) -> bool:
+            raise ValueError("more than one element")
+
+    verdicts = {"yes": np.True_, "no": np.False_, "unsure": Unsure()}
+    monkeypatch.setattr(program, "verify", lambda key, replay: verdicts[key])
+    for key in verdicts:
+        cache.request(key)
+    cache.run_pending()
+    found = {key: cache.get(key).state for key in verdicts}
+    assert found == {"yes": GraphState.READY, "no": GraphState.QUARANTINED, "unsure": GraphState.FAILED}
+
+
+def test_a_second_look_lets_go_of_the_graph_whatever_comes(
+    cache: GraphCache[str],
+    program: FakeProgram,
+    backend: FakeBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: FakeClock,
+) -> None:
+    """Also where verification is interrupted: the graph can be evicted and destroyed afterwards."""
+    program.is_busy = True
+    capture(cache, "a")
+
+    def interrupted(key: object, replay: Callable[[], None]) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "verify", interrupted)
+    clock.advance(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        cache.run_pending()
+    cache.evict("a")
+    cache.run_pending()
+    assert backend.num_destroys == {"a": 1}
+
+
+def test_a_second_look_is_charged(cache: GraphCache[str], program: FakeProgram, clock: FakeClock) -> None:
+    """If somebody comes to be served meanwhile, its time is taken off the stall budget."""
+    program.is_busy = True
+    capture(cache, "a")
+    clock.advance(10.0)
+    governor = cache._core.governor
+    program.is_busy = False
+    program.verify_seconds = 5.0
+
+    def verify(key: object, replay: Callable[[], None]) -> bool:
+        cache.step_launched()
+        clock.advance(5.0)
+        return True
+
+    program.verify = verify  # type: ignore[method-assign]
+    cache.run_pending()
+    assert governor.delay_seconds(is_serving=True) > 0
+
+
+def test_the_end_of_serving_is_soon_noticed(make_cache: MakeCache, clock: FakeClock, program: FakeProgram) -> None:
+    """While something waits for it, the capture thread looks more often than statistics are due."""
+    cache = make_cache(statistics_interval_seconds=60.0, stall_budget_seconds=0.0)
+    clock.advance(1.0)
+    cache.step_launched()
+    assert cache._task.step() == 60.0
+    cache.request("a")
+    assert cache._task.step() == IDLE_LOOK_SECONDS
+    cache.step_finished()
+    program.is_busy = True
+    clock.advance(1.0)
+    assert cache._task.step() == 0.0
+    cache.step_launched()
+    assert cache._task.step() == IDLE_LOOK_SECONDS

@@ -332,7 +332,7 @@ class TorchEngine:
             step = self._live.fill(batch, choice.tokens, choice.rows)
             if choice.graph is None:
                 self._program.run(self._live, choice.tokens, choice.rows, batch.sampler)
-            elif not _replay(choice.graph):
+            elif not self._replay(choice.graph):
                 key = choice.graph.key
                 choice = self._chooser.withdraw(choice, LAUNCH_FAILED)
                 # What the graph was recorded from, for the step lies there in the graph's shape.
@@ -343,6 +343,20 @@ class TorchEngine:
             self._chooser.abandon(choice)
             raise
         return Deferred(lambda: self._read(batch, choice, over, start_seconds))
+
+    def _replay(self, graph: Graph[StepKey]) -> bool:
+        """Whether the graph was launched. Where it was not, nothing of it runs.
+
+        Raises what the step raised where a replay is no launch but the step itself: some of it may have run then.
+        """
+        try:
+            graph.replay()
+        except Exception:
+            if not self._backend.is_fixed_shape:
+                raise
+            log.exception("the graph %s could not be launched: its step runs without it", graph.name)
+            return False
+        return True
 
     def _read(
         self,
@@ -364,23 +378,13 @@ class TorchEngine:
         return StepOutput(batch.step, token_ids, receipt, logprobs, failed_rows)
 
 
-def _replay(graph: Graph[StepKey]) -> bool:
-    """Whether the graph was launched. Where it was not, nothing of it runs."""
-    try:
-        graph.replay()
-    except Exception:
-        log.exception("the graph %s could not be launched: its step runs without it", graph.name)
-        return False
-    return True
-
-
 def warm_up_steps(num_slots: int, max_step_tokens: int, *, is_cuda: bool) -> list[tuple[Sampler, list[int]]]:
     """The steps that are run before the first request: sampler, and the tokens of each row.
 
     On a GPU kernels differ with the number of rows and are compiled and loaded at their first use, so there are steps of all
     orders of size; and the largest, since the memory that a step takes in passing stays with its stream.
     """
-    steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 3)]
+    steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 2, 3)]
     if is_cuda:
         max_rows = min(num_slots, max_step_tokens)
         row_counts = [2**power for power in range(1, max_rows.bit_length()) if 2**power < max_rows]

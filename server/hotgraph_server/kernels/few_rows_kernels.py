@@ -7,8 +7,8 @@ With `PDL` a kernel is launched before the one in front of it in the stream has 
 `gdc_wait` it reads only what no kernel writes: weights. All its programs wait, so whoever waits for it waits for all before.
 
 Names: a weight has N rows of K inputs; a tile is the part of K that is loaded at once; a half is 8 rows, or 8 tokens, as the
-tensor cores take them. What is marked tl.constexpr follows from the weight and a launch's table, never from a number of rows
-above 2.
+tensor cores take them. What is marked tl.constexpr follows from the weight and a launch's table, and from the number of rows
+only as far as there are four kernels: for one, for two, for up to 8 and for up to 16.
 """
 
 from __future__ import annotations

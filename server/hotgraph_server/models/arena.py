@@ -51,7 +51,6 @@ class DecoderArena:
         self._last_hidden = room(max_rows, shape.hidden_size)
         self._last_attended = room(max_rows, shape.num_heads, shape.head_dim)
         self._logits = room(max_rows, shape.vocabulary_size, dtype=torch.float32)
-        self._products = self._logits if dtype == torch.float32 else room(max_rows, shape.vocabulary_size)
 
     @property
     def num_bytes(self) -> int:
@@ -85,6 +84,6 @@ class DecoderArena:
             gated=self._gated[:num_rows],
         )
 
-    def logits(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's product in the model's dtype and the float32 logits, [num_rows, vocabulary]: in float32 one tensor."""
-        return self._products[:num_rows], self._logits[:num_rows]
+    def logits(self, num_rows: int) -> torch.Tensor:
+        """The head's product, float32 [num_rows, vocabulary]."""
+        return self._logits[:num_rows]

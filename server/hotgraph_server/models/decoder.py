@@ -6,6 +6,7 @@ The families differ from transformers' own code only in the order of float sums.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,8 @@ class Decoder:
             x = layers.transform(index, x, hidden, at)
             if give_way is not None:
                 give_way(transform_seconds)
+        if give_way is not None:
+            give_way(math.inf)  # the head may be as large as several layers
         return layers.logits(x, at, None if arena is None else arena.logits(num_rows))
 
     def _layers_for(self, num_tokens: int) -> Layers:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 KERNEL_SECONDS = 3e-6  # of a small kernel, with the gap before it
-PRODUCT_CYCLE_FLOPS = (
-    2048  # of 16-bit tensor cores, for each multiprocessor: a half of what Hopper's could do, all of Ampere's
-)
+PRODUCT_CYCLE_FLOPS = 2048  # of 16-bit tensor cores, for each multiprocessor: half of Hopper's, all of Ampere's
+WIDE_SHARE = 1 / 8  # of that, for float32 without tensor cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,8 @@ class DeviceRates:
     def product_seconds(self, num_bytes: int, num_tokens: int, element_bytes: int) -> float:
         """A product of `num_tokens` rows with a weight of so many bytes, whose elements take `element_bytes` each."""
         flops = 2 * num_tokens * (num_bytes / element_bytes)
-        return KERNEL_SECONDS + max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+        flops_per_second = self.flops_per_second * (1 if element_bytes <= 2 else WIDE_SHARE)
+        return KERNEL_SECONDS + max(num_bytes / self.bytes_per_second, flops / flops_per_second)
 
 
 def _at_least_one(rate: float) -> float:

@@ -1,8 +1,9 @@
 """A decoder's layers and head for steps of few tokens, on a GPU: each product is one kernel with all that stands around it.
 
 It knows the kernels of `kernels/few_rows.py` and which weights they take. The kernels overlap (programmatic dependent launch):
-each requests weights while the one before still runs. So a layer is five kernels with attention, or up to eight: for more than
-two tokens both norms have kernels of their own, and heads that are normed, or turned in part, keep `rope_and_write_kv`.
+each requests weights while the one before still runs. So a layer is five kernels with attention, and up to nine: for more than
+two tokens both norms have kernels of their own, heads that are normed, or turned in part, keep `rope_and_write_kv`, and rows of
+several tokens beside rows of one have an attention kernel of their own.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ class FewRowsLayers(Layers):
         self._add_product(layer.down, gated, hidden)
         return hidden
 
-    def logits(self, x: torch.Tensor, at: Activations, room: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """As of `Layers`, but the sums are never rounded to the model's dtype."""
-        logits = x.new_empty(len(x), self.shape.vocabulary_size, dtype=torch.float32) if room is None else room[1]
+    def logits(self, x: torch.Tensor, at: Activations, room: torch.Tensor | None) -> torch.Tensor:
+        """See `Layers`."""
+        logits = x.new_empty(len(x), self.shape.vocabulary_size, dtype=torch.float32) if room is None else room
         return self._normed_product(self.head, x, self.norm, logits, at)
 
     def _normed_product(

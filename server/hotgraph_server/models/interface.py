@@ -113,6 +113,7 @@ class Model(Protocol):
         No autograd, no random numbers, no host synchronisation on a CUDA device. With an arena (one of this model, or None)
         the intermediate results and the logits are views of it, valid until the next forward with that arena, and nothing that
         the host knows of the step shapes the work: T = R then says that no row has more than one token. `give_way` is called
-        wherever the work may be cut, with about how many seconds the part before takes on the device, by models that know.
+        wherever the work may be cut, with about how many seconds the part before takes on the device, by models that know;
+        infinitely many mean that it should be cut here.
         """
         ...

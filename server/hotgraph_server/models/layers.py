@@ -132,10 +132,11 @@ class Layers:
         )
         return qkv + 2 * KERNEL_SECONDS, output + KERNEL_SECONDS, gate_up + down + 2 * KERNEL_SECONDS
 
-    def logits(self, x: torch.Tensor, at: Activations, room: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """float32 [T, vocabulary], contiguous: in `room`, from `DecoderArena.logits`, or new."""
-        if room is None:
-            return self.head(x).float().contiguous()
-        product, logits = room
-        self.head(x, product)
-        return logits if product.dtype == torch.float32 else logits.copy_(product)
+    def logits(self, x: torch.Tensor, at: Activations, room: torch.Tensor | None) -> torch.Tensor:
+        """float32 [T, vocabulary], contiguous: in `room`, from `DecoderArena.logits`, or new.
+
+        On a GPU the sums are not rounded to the model's dtype, in which the two largest logits are often equal.
+        """
+        if room is None and x.is_cuda:
+            room = x.new_empty(len(x), self.shape.vocabulary_size, dtype=torch.float32)
+        return self.head(x).float().contiguous() if room is None else self.head(x, room)

@@ -48,7 +48,10 @@ class Linear:
     num_bytes: int = 0
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [M, in] → [M, out]: `out`, of x's dtype, or a new tensor, which may be a transposed view."""
+        """x: [M, in] → [M, out]: `out`, or a new tensor of x's dtype, which may be a transposed view.
+
+        `out` is of x's dtype, or float32 where the weight is dense: then sums are not rounded, but on the CPU.
+        """
         raise NotImplementedError
 
 
@@ -68,6 +71,11 @@ class DenseLinear(Linear):
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
             return functional.linear(x, self.weight, self.bias)
+        if out.dtype != x.dtype:
+            if not x.is_cuda:  # torch has no such product there
+                return out.copy_(self(x))
+            torch.mm(x, self._transposed, out_dtype=out.dtype, out=out)
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(x, self._transposed, out=out)
         return torch.addmm(self.bias, x, self._transposed, out=out)

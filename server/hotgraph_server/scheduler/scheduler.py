@@ -100,8 +100,7 @@ class Scheduler:
         loop = asyncio.get_running_loop()
 
         def on_graph_event(event: Event[StepKey]) -> None:  # called on the capture thread
-            is_failure = event.type in (EventType.FAILED, EventType.QUARANTINED)
-            is_lost = is_failure and self._engine.graphs.lost is not None
+            is_lost = event.type is EventType.FAILED and self._engine.graphs.lost is not None
             if is_lost or event.type is EventType.PUBLISHED:
                 with contextlib.suppress(RuntimeError):  # the loop may be closed already when the daemon stops
                     loop.call_soon_threadsafe(self._lose if is_lost else self._wake.set)

@@ -94,8 +94,12 @@ class FakeRuntime:
         self._call("is_capturing", stream)
         return self.streams[stream].recorded is not None
 
-    def shape(self, graph: int) -> tuple[int, int]:
-        return len(self.graphs[graph]), max(0, len(self.graphs[graph]) - 1)
+    def num_nodes(self, graph: int) -> int:
+        return len(self.graphs[graph])
+
+    def edge_types(self, graph: int) -> tuple[int, ...]:
+        """A chain, whose edges are programmatic (1) before kernels of a kind that begins with "early"."""
+        return tuple(int(kind.startswith("early")) for kind, _ in self.graphs[graph][1:])
 
     def destroy_graph(self, graph: int) -> None:
         self._call("destroy_graph")

@@ -127,6 +127,15 @@ def test_a_spare_of_the_same_topology_is_updated(rig: Rig) -> None:
     assert len(rig.runtime.executables) == 2
 
 
+def test_a_spare_with_edges_of_another_type_is_not_tried(rig: Rig) -> None:
+    """A driver may take a chain that waits for one that does not: whether kernels start early must be the graph's own."""
+    rig.capture("a", "x", "early x").destroy()
+    rig.runtime.calls.clear()
+    assert not rig.capture("b", "x", "x").is_update
+    assert not any(call.startswith("update") for call in rig.runtime.calls)
+    assert rig.capture("c", "x", "early x").is_update
+
+
 def test_a_refused_update_falls_back_to_an_instantiate(rig: Rig) -> None:
     """Spares that cannot be updated stay spare, and one of another size is not even tried."""
     rig.capture("a", "x", "x").destroy()

@@ -224,6 +224,28 @@ async def test_a_graph_that_cannot_be_launched_costs_no_answer(
     assert {info.state for info in engine.graphs.list()} == {GraphState.QUARANTINED}
 
 
+async def test_a_replay_that_is_the_step_itself_is_not_run_twice(make_engine: MakeEngine) -> None:
+    """Where nothing is launched, a replay that fails half way may have done half of it: the engine is beyond use."""
+    model = TinyModel()
+    engine = await make_engine(model, backend=EagerBackend())
+    driver = Driver(engine)
+    sequence = Track((1,))
+    await driver.run([sequence], 2)
+    engine.graphs.wait([StepKey(1, 1, Sampler.GREEDY)], 20)
+    num_forwards = len(model.shapes)
+    forward = model.forward
+
+    def broken(*arguments: object, **options: object) -> torch.Tensor:
+        forward(*arguments, **options)  # type: ignore[arg-type]
+        raise MemoryError("half way")
+
+    model.forward = broken  # type: ignore[method-assign]
+    driver.admit(sequence)
+    with pytest.raises(EngineFailedError):
+        await driver.step([(sequence, 1)])
+    assert len(model.shapes) == num_forwards + 1
+
+
 async def test_oversized_batches_are_refused(make_engine: MakeEngine) -> None:
     """A batch larger than the static buffers is an AssertionError from step itself."""
     engine = await make_engine(num_slots=2, max_step_tokens=16)

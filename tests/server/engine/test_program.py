@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from graphcache import Event, EventType, FakeBackend, GraphState
+from graphcache import DeviceLostError, Event, EventType, FakeBackend, GraphState
 from graphcache.backends.fake import FakeCaptured
 from hotgraph_server.batch import Sampler, StepKey
 from hotgraph_server.request import SamplingParams
@@ -68,6 +68,50 @@ async def test_a_rehearsed_graph_is_replayed_later(make_engine: MakeEngine, monk
     assert engine.graphs.get(str(other)).state is GraphState.READY
     await asyncio.sleep(0.1)
     assert (backend.num_replays[str(KEY)], backend.num_replays[str(other)]) == (1, 1)
+
+
+async def test_a_rehearsal_is_not_repeated(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again beside others it says the same without any work, until the graph is captured anew."""
+    backend = FakeBackend()
+    engine = await make_engine(backend=backend, num_blocks=NUM_BLOCKS)
+    monkeypatch.setattr(engine._program, "_is_idle", lambda: False)
+    for num_captures in (1, 2):
+        engine.graphs.request(KEY)
+        engine.graphs.wait([KEY], 20)
+        assert backend.num_rehearsals == num_captures
+        assert engine._program.verify(KEY, lambda: None) is None
+        assert backend.num_rehearsals == num_captures
+        engine.graphs.evict(str(KEY))
+
+
+class Dying(FakeBackend):
+    """The first replay of a graph loses the device, which the next work on it finds out."""
+
+    is_lost = False
+
+    def capture(self, name: str, work: Callable[[], None]) -> FakeCaptured:
+        captured = super().capture(name, work)
+
+        def die() -> None:
+            self.is_lost = True
+            raise OSError("an illegal memory access was encountered")
+
+        captured.replay = die  # type: ignore[method-assign]
+        return captured
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        if self.is_lost:
+            raise DeviceLostError("gone")
+        super().warm_up(work)
+
+
+async def test_a_verification_notices_a_lost_device(make_engine: MakeEngine) -> None:
+    """When a replay fails the device is asked; if it is lost the cache is, and says so."""
+    engine = await make_engine(backend=Dying(), num_blocks=NUM_BLOCKS)
+    engine.graphs.request(KEY)
+    (info,) = engine.graphs.wait([KEY], 20)
+    assert info.state is GraphState.FAILED
+    assert engine.graphs.lost is not None
 
 
 async def test_the_eager_run_and_the_rehearsal_give_way(

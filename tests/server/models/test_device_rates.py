@@ -17,6 +17,7 @@ def test_a_product_is_bound_by_bytes_or_by_operations() -> None:
     assert rates.product_seconds(4 << 20, 1, 2) == rates.product_seconds(4 << 20, 8, 2)
     assert rates.product_seconds(400_000_000, 8, 2) == pytest.approx(1e-4 + KERNEL_SECONDS)
     assert rates.product_seconds(400_000_000, 1000, 2) == pytest.approx(8e-4 + KERNEL_SECONDS)
+    assert rates.product_seconds(800_000_000, 1000, 4) == pytest.approx(64e-4 + KERNEL_SECONDS)  # no tensor cores
 
 
 @pytest.mark.parametrize("clock", [3_201_000, 0])
