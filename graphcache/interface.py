@@ -110,7 +110,8 @@ class Backend(Protocol):
 
         `seconds`: about how long what was put on the device since the last call takes there. In `warm_up` and `rehearse` work
         is cut here if with as much again it would take more than a turn's time; without `seconds`, always. All of it so far is
-        over then when this returns. In `capture` it does nothing.
+        over then when this returns. In `capture` recording may only stand still for a while, and on any other thread than the
+        capture thread it does nothing.
         """
         ...
 

@@ -152,9 +152,9 @@ class CaptureTask(Generic[K]):
             with core.changing():
                 core.store.fail(entry, str(error))
         except DeviceLostError as error:
+            self._lose(error)
             with core.changing():
                 core.store.fail(entry, str(error))
-            self._lose(error)
         else:
             self._publish(entry, captured, timings, is_replayed=is_replayed)
         with core.changing():

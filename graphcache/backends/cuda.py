@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("graphcache")
 
+RECORDING_TURN_SECONDS = 5e-4  # as long as the switch interval that is advised, so that nobody waits for much longer
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -141,6 +143,8 @@ class CudaBackend:
         self._checkpoint: Callable[[], None] = lambda: None
         self._turn_seconds = no_time
         self._part_seconds = 0.0  # of the part that is under way, about
+        self._recording_since: float | None = None  # when it began, or last went on
+        self._paused_seconds = 0.0  # of the recording that is under way
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
         self._spares: list[Executable] = []  # newest last
         self._sizes = ExecutableSizes()
@@ -270,11 +274,22 @@ class CudaBackend:
     def give_way(self, seconds: float = math.inf) -> None:
         """See Backend."""
         if self._end_part is None:
+            self._pause_recording()
             return
         self._part_seconds += seconds
         if self._part_seconds + seconds > self._turn_seconds():
             self._part_seconds = 0.0
             self._end_part()
+
+    def _pause_recording(self) -> None:
+        """Recording is Python: whoever serves waits for the interpreter's lock beside it. So it stops now and then."""
+        since = self._recording_since
+        if since is None or perf_counter() - since < RECORDING_TURN_SECONDS:
+            return
+        paused = perf_counter()
+        self._checkpoint()
+        self._recording_since = perf_counter()
+        self._paused_seconds += self._recording_since - paused
 
     @contextmanager
     def _parted(self, end_part: Callable[[], None]) -> Iterator[None]:
@@ -301,14 +316,15 @@ class CudaBackend:
             self._runtime.destroy_graph(graph)
 
     def capture(self, name: str, work: Callable[[], None]) -> CudaCaptured:
-        """See Backend. Checkpoints lie between recording, instantiating and uploading; their time is not counted."""
+        """See Backend. Checkpoints lie between recording, instantiating and uploading, and in a recording where the work gives
+        way after half a millisecond; their time is not counted."""
         self._check_thread()
         try:
             self._ensure_capture_stream()
             pool_bytes = self._torch.pool_bytes()
-            started = perf_counter()
+            started, self._paused_seconds = perf_counter(), 0.0
             graph = self._record(work)
-            record_seconds = perf_counter() - started
+            record_seconds = perf_counter() - started - self._paused_seconds
         except Exception as error:
             self._num_failures += 1
             self._fail("recording", error, name)
@@ -347,11 +363,14 @@ class CudaBackend:
         with self._torch.recording(stream):
             try:
                 self._runtime.begin_capture(stream)
+                self._recording_since = perf_counter()
                 work()
                 graph = self._runtime.end_capture(stream)
             except BaseException:
                 self._abandon_capture(stream)
                 raise
+            finally:
+                self._recording_since = None
         return graph
 
     def _abandon_capture(self, stream: int) -> None:

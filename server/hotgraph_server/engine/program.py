@@ -106,7 +106,7 @@ class StepProgram:
 
         def work() -> None:
             with torch.inference_mode():  # a mode of the thread
-                self.run(self._live, key.tokens, key.rows, key.sampler, is_fixed=True)
+                self.run(self._live, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=self._backend.give_way)
 
         return work
 

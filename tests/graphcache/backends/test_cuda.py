@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from graphcache import CacheSettings, CaptureError, DeviceLostError, FakeClock, GraphCache, GraphState, GraphStateError
+from graphcache.backends import cuda
 from graphcache.backends.cuda import CudaBackend, CudaCaptured
 from graphcache.backends.cuda_runtime import CudaCallError
 from tests.graphcache.backends.cuda_fakes import BROKEN, LOST, NO_MEMORY, FakeRuntime, FakeTorch, OutOfMemoryError
@@ -395,6 +396,38 @@ def test_a_warm_up_gives_way_between_its_parts(rig: Rig) -> None:
     assert rig.runtime.calls == []
     rig.backend.capture("c", work).replay()
     assert rig.runtime.calls.count("checkpoint") == 2  # those between its phases
+
+
+def test_recording_stands_still_now_and_then(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a millisecond of recording there is a checkpoint where the work gives way, whose time does not count."""
+    now = 0.0
+    monkeypatch.setattr(cuda, "perf_counter", lambda: now)
+
+    def checkpoint() -> None:
+        nonlocal now
+        now += 100.0
+        rig.runtime.calls.append("checkpoint")
+
+    def work() -> None:
+        nonlocal now
+        for _ in range(6):
+            rig.work("a")()
+            now += 0.6 * cuda.RECORDING_TURN_SECONDS
+            rig.backend.give_way(1e-6)
+
+    rig.backend.close()
+    rig.backend.start(checkpoint)
+    rig.runtime.calls.clear()
+    captured = rig.backend.capture("a", work)
+    recording = rig.runtime.calls[
+        : next(i for i, call in enumerate(rig.runtime.calls) if call.startswith("end_capture"))
+    ]
+    assert recording.count("checkpoint") == 3
+    assert captured.record_seconds == pytest.approx(6 * 0.6 * cuda.RECORDING_TURN_SECONDS)
+    rig.runtime.calls.clear()
+    now += 1.0
+    rig.backend.give_way()  # nothing is being recorded
+    assert not rig.runtime.calls
 
 
 def test_parts_that_take_little_are_one(rig: Rig) -> None:

@@ -114,18 +114,23 @@ async def test_a_verification_notices_a_lost_device(make_engine: MakeEngine) -> 
     assert engine.graphs.lost is not None
 
 
-async def test_the_eager_run_and_the_rehearsal_give_way(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both let others have their turn after every layer; a graph that is replayed does not."""
+async def test_all_that_runs_apart_gives_way(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eager run before a capture, what is recorded, and a rehearsal may be cut after every layer; live steps may not."""
     backend = FakeBackend()
     engine = await make_engine(backend=backend, num_blocks=NUM_BLOCKS)
-    assert engine.graphs.request(KEY).state is not GraphState.READY
+    monkeypatch.setattr(engine._program, "_is_idle", lambda: False)
+    engine.graphs.request(KEY)
     engine.graphs.wait([KEY], 20)
-    assert backend.num_turns == NUM_LAYERS
-    found = engine._program.verify(KEY, lambda: None)
-    assert found is False  # an idle engine asks the graph itself
-    assert backend.num_turns == NUM_LAYERS
+    assert backend.num_turns == 2 * NUM_LAYERS  # a fake capture does not run the work
+    await Driver(engine, seed=1).run([Track((3, seed)) for seed in range(4)], 4, is_eager=True)
+    assert backend.num_turns == 2 * NUM_LAYERS
+    await Driver(engine, seed=1).run([Track((3, seed)) for seed in range(4)], 4)
+    num_replays = backend.num_replays[str(KEY)]
+    assert num_replays > 0  # which a fake does by running the work
+    pending = engine.graphs.list([GraphState.QUEUED, GraphState.CAPTURING])
+    engine.graphs.wait([info.key for info in pending], 20)
+    num_others = len(engine.graphs.list([GraphState.READY])) - 1
+    assert backend.num_turns >= (2 + num_replays + 2 * num_others) * NUM_LAYERS
 
 
 async def test_what_older_steps_left_is_not_compared(make_engine: MakeEngine) -> None:
