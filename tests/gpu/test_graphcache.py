@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from statistics import median
 from time import monotonic
 
 import pytest
@@ -235,15 +236,16 @@ def test_memory_comes_back() -> None:
 
 
 def test_a_lookup_is_cheap() -> None:
-    """A miss costs no wait: it returns within a millisecond, also while a capture is under way."""
+    """A miss waits for nothing, also while captures are under way: it takes microseconds, but for a switch of threads."""
     program = Program(CudaBackend(CUDA))
     with started(program) as cache:
-        longest = 0.0
+        seconds = []
         for rows in range(1, 60):
             started_at = monotonic()
             assert cache.acquire(1000 + rows) is None
             cache.record_miss(rows, 0.001)
-            longest = max(longest, monotonic() - started_at)
+            seconds.append(monotonic() - started_at)
         cache.wait(range(1, 60), WAIT_SECONDS)
-        print(f"longest miss: {1e6 * longest:.0f} us")
-        assert longest < 0.02  # a switch of threads may come in between
+        print(f"a miss: {1e6 * median(seconds):.0f} us, the longest {1e6 * max(seconds):.0f}")
+        assert median(seconds) < 1e-4
+        assert max(seconds) < 0.02

@@ -453,8 +453,6 @@ def test_a_second_look_is_charged(cache: GraphCache[str], program: FakeProgram, 
     capture(cache, "a")
     clock.advance(10.0)
     governor = cache._core.governor
-    program.is_busy = False
-    program.verify_seconds = 5.0
 
     def verify(key: object, replay: Callable[[], None]) -> bool:
         cache.step_launched()

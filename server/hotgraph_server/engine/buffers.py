@@ -85,7 +85,7 @@ class StepBuffers:
     ) -> None:
         self.max_tokens = max_tokens
         self.max_rows = max_rows
-        self._slots = slots
+        self.slots = slots
         self.num_runs = 0
         # One array from the host, so that one copy brings it to the device.
         sizes = {
@@ -148,7 +148,7 @@ class StepBuffers:
         # Torch for the CPU alone comes without Triton.
         from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling
 
-        slots = self._slots
+        slots = self.slots
         sampling = PlainSampling(
             row_slots=self.row_slots,
             context_lens=self.context_lens,
@@ -169,7 +169,7 @@ class StepBuffers:
 
         Nothing is uploaded when the device has it all: a decode step's tokens and lengths are known there.
         """
-        slots = self._slots
+        slots = self.slots
         order: Sequence[int] = range(len(batch.rows))
         ordered: Sequence[Row] = batch.rows
         num_decode_rows = sum(row.num_tokens == 1 for row in ordered)

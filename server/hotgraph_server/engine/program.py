@@ -92,7 +92,7 @@ class StepProgram:
         logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
         if give_way is not None and sampler is Sampler.FILTERED:
             give_way(math.inf)  # its many kernels are a part of their own
-        sample_step(logits, buffers, slots, sampler, ALL_WORK if is_fixed else buffers.step.work)
+        sample_step(logits, buffers, sampler, ALL_WORK if is_fixed else buffers.step.work)
 
     def bind(self, key: StepKey) -> Callable[[], None]:
         """See graphcache.Program. Runs the shape once on the shadow, which loads what it needs and says what it must give."""

@@ -17,13 +17,12 @@ from hotgraph_server.kernels.ring import write_ring
 from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_filtered, sample_greedy, sample_gumbel
 
 
-def sample_step(
-    logits: torch.Tensor, buffers: StepBuffers, slots: SlotTables, sampler: Sampler, work: SamplingWork
-) -> None:
+def sample_step(logits: torch.Tensor, buffers: StepBuffers, sampler: Sampler, work: SamplingWork) -> None:
     """Samples every row of `logits` ([R, V], float32 or of 16 bits), writes the results of `buffers` and advances its `slots`.
 
     A slot's length is what the step made of it. Only rows that are sampled and whose logits are finite change more: the last
     token, and the counts. Of rows in one slot, as those of padding are, any may be the last to write."""
+    slots = buffers.slots
     if buffers.plain is not None and sampler is not Sampler.FILTERED and _is_for_kernels(logits, slots):
         # Torch for the CPU alone comes without Triton.
         from hotgraph_server.kernels.sample_triton import sample_plain_triton

@@ -69,7 +69,7 @@ def fill(state: StepState, batch: Batch, rows: int) -> None:
 
 def run_eagerly(logits: torch.Tensor, state: StepState, sampler: Sampler) -> None:
     """All that a graph of a fixed shape does after the forward."""
-    sample_step(logits, state.buffers, state.slots, sampler, ALL_WORK)
+    sample_step(logits, state.buffers, sampler, ALL_WORK)
 
 
 def check_sample_step(

@@ -109,7 +109,7 @@ def test_the_cpu_needs_no_triton() -> None:
         "for sampler in Sampler:\n"
         "    logits = torch.zeros(1, 9)\n"
         "    logits[0, 4] = 50.0\n"
-        "    sample_step(logits, buffers, slots, sampler, ALL_WORK)\n"
+        "    sample_step(logits, buffers, sampler, ALL_WORK)\n"
         "    assert buffers.results(buffers.note_run(), 1).token_ids == [4]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
