@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from graphcache.backends.cuda_runtime import OUT_OF_MEMORY, CudaCallError, CudaRuntime, Runtime
 from graphcache.backends.cuda_sizes import ExecutableSizes
+from graphcache.backends.cuda_spares import Executable, Shape, Spares
 from graphcache.backends.cuda_torch import Torch, TorchDevice
 from graphcache.errors import CaptureError, DeviceLostError, GraphStateError
 from graphcache.interface import no_time
@@ -36,24 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("graphcache")
 
 RECORDING_TURN_SECONDS = 5e-4  # as long as the switch interval that is advised, so that nobody waits for much longer
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a graph's topology is compared here: an update need not notice that an edge is of another type, and two chains of
-    as many kernels may differ in nothing else."""
-
-    num_nodes: int
-    edge_types: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Executable:
-    """An instantiated graph: its handle, its shape, and what it holds of device memory."""
-
-    handle: int
-    shape: Shape
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +114,6 @@ class CudaBackend:
         runtime: Runtime | None = None,
         torch_device: Torch | None = None,
     ) -> None:
-        if num_spare_execs < 0:
-            raise ValueError(f"num_spare_execs is not negative: {num_spare_execs}")
-        self._num_spare_execs = num_spare_execs
         self._library_warm_up = library_warm_up
         self._runtime: Runtime = runtime if runtime is not None else CudaRuntime()
         self._torch: Torch = torch_device if torch_device is not None else TorchDevice(device)
@@ -146,7 +126,7 @@ class CudaBackend:
         self._recording_since: float | None = None  # when it began, or last went on
         self._paused_seconds = 0.0  # of the recording that is under way
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
-        self._spares: list[Executable] = []  # newest last
+        self._spares = Spares(self._runtime, num_spare_execs)
         self._sizes = ExecutableSizes()
         self._num_updates = 0
         self._num_instantiates = 0
@@ -159,7 +139,7 @@ class CudaBackend:
 
     def stats(self) -> CudaStats:
         """From any thread; the parts may be of slightly different moments."""
-        spares = tuple(self._spares)
+        spares = self._spares.all()
         return CudaStats(
             num_updates=self._num_updates,
             num_instantiates=self._num_instantiates,
@@ -198,13 +178,12 @@ class CudaBackend:
                 self._runtime.synchronize_stream(self._warm_up_stream)
         except CudaCallError:
             self._torch.keep_pool()  # on a lost device, which nobody may have noticed yet, giving it back would abort
-        for spare in self._spares:
+        for spare in self._spares.clear():
             self._leave("an executable", self._runtime.destroy_executable, spare.handle)
         for stream in (self._capture_stream, self._warm_up_stream):
             if stream is not None:
                 self._leave("a stream", self._runtime.return_stream, stream)
         self._torch.close()
-        self._spares = []
         self._capture_stream = self._warm_up_stream = self._thread = None
 
     def _ensure_warm_up_stream(self) -> int:
@@ -350,9 +329,7 @@ class CudaBackend:
     def retire(self, executable: Executable) -> None:
         """A capture that is being destroyed gives its executable back. Raises CudaCallError when one cannot be destroyed."""
         self._check_thread()
-        self._spares.append(executable)
-        while len(self._spares) > self._num_spare_execs:
-            self._runtime.destroy_executable(self._spares.pop(0).handle)
+        self._spares.add(executable)
 
     def _record(self, work: Callable[[], None]) -> int:
         """The graph of `work`. Raises whatever `work` raises, or CudaCallError; the stream does not capture then."""
@@ -395,11 +372,11 @@ class CudaBackend:
         """An executable of `graph`, uploaded; the seconds that took; and whether it is a spare, updated."""
         stream = self._capture_stream
         assert stream is not None
-        shape = Shape(self._runtime.num_nodes(graph), self._runtime.edge_types(graph))
+        shape = Shape.of(graph, self._runtime)
         if shape.num_nodes == 0:
             raise CaptureError("the work put nothing on the capture stream")
         started = perf_counter()
-        spare = self._update_spare(graph, shape)
+        spare = self._spares.take(graph, shape)
         seconds = perf_counter() - started
         handle, fallen_bytes = (spare.handle, 0) if spare is not None else (None, 0)
         try:
@@ -425,19 +402,6 @@ class CudaBackend:
             return spare, seconds, True
         self._num_instantiates += 1
         return Executable(handle, shape, self._sizes.measured(shape.num_nodes, fallen_bytes)), seconds, False
-
-    def _update_spare(self, graph: int, shape: Shape) -> Executable | None:
-        """A spare that does what `graph` does from its next launch on; no spare any more. None when none can.
-
-        Spares of the same shape are tried, newest first: the driver alone knows whether the rest agrees. One
-        that was refused stays: it is launched only after an update that succeeded, which sets all there is to set.
-        """
-        for index in reversed(range(len(self._spares))):
-            spare = self._spares[index]
-            if spare.shape == shape and self._runtime.update(spare.handle, graph):
-                del self._spares[index]
-                return spare
-        return None
 
     def _unaccounted_bytes(self) -> int:
         """Free device memory, and what torch holds: what falls when somebody else takes memory, the driver for one."""
