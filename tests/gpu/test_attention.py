@@ -13,6 +13,8 @@ import torch
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
 from hotgraph_server.kernels.attention_decode import decode_kernel
 from hotgraph_server.kernels.attention_tiles import tile_kernel
+from hotgraph_server.kernels.few_rows import few_rows_linear, few_rows_qkv, has_pdl
+from hotgraph_server.kernels.rope import RopePlan
 from tests.server.kernels.naive_attention import Case, Problem, attend, make_problem, naive_attention, plan_of
 
 pytestmark = pytest.mark.gpu
@@ -188,6 +190,71 @@ def test_it_gives_the_same_bits_every_time(kind: str) -> None:
         with torch.cuda.stream(other_stream):
             noise @ noise
         assert torch.equal(attend(problem, plan), first)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(16, 16), (16, 4)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8])
+def test_in_a_chain_it_waits_for_what_the_step_writes(num_rows: int, num_heads: int, num_kv_heads: int) -> None:
+    """Behind the product that makes queries, keys and values, of which it reads none too early, nor do layers meet in scratch.
+
+    All of these are NaN before each layer's product, which takes long as its weight is large.
+    """
+    if not has_pdl(CUDA):
+        pytest.skip("this GPU has no programmatic dependent launch")
+    generator = random.Random(num_rows)
+    lengths = [generator.choice((1, 16, 17, 33, 64, 257, 700, MAX_CONTEXT)) for _ in range(num_rows)]
+    case = Case([1] * num_rows, lengths, num_heads, num_kv_heads, 128, 128, block_size=16, dtype=torch.float16)
+    problem = make_problem(case, num_rows, CUDA)
+    positions = problem.context_lens.long() - 1
+    blocks = problem.block_tables.gather(1, (positions // 16)[:, None])[:, 0]
+    own = blocks.long() * 16 + positions % 16
+    hidden = 4096
+    weight = torch.randn((num_heads + 2 * num_kv_heads) * 128, hidden, dtype=torch.float16, device=CUDA) * hidden**-0.5
+    x, norm = torch.randn(num_rows, hidden, dtype=torch.float16, device=CUDA), torch.ones_like(weight[0])
+    angles = torch.randn(MAX_CONTEXT, 64, device=CUDA)
+    rope = RopePlan(torch.cat((angles.cos(), angles.sin()), dim=1), positions, None)
+    output = torch.randn(hidden, num_heads * 128, dtype=torch.float16, device=CUDA)
+    layers = [(problem.keys.clone(), problem.values.clone()) for _ in range(4)]
+    plan = plan_of(problem)
+
+    def run(*, pdl: bool) -> list[torch.Tensor]:
+        results = []
+        for keys, values in layers:
+            query = torch.full_like(problem.query, torch.nan)
+            for cache in (keys, values):
+                cache.flatten(0, 1).index_fill_(0, own, torch.nan)
+            few_rows_qkv(x, weight, rope, own, keys, values, query, norm=norm, epsilon=1e-5, pdl=pdl)
+            result = paged_attention(query, keys, values, plan, scaling=problem.scaling, pdl=pdl)
+            few_rows_linear(result.flatten(1), output, pdl=pdl)
+            results.append(result)
+        return results
+
+    expected = run(pdl=False)
+    run(pdl=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(pdl=True)
+    for _ in range(50):
+        for result in results:
+            result.fill_(torch.nan)
+        graph.replay()
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_long_row_in_a_full_grid(group: int) -> None:
+    """Split where it is long, beside rows that are not, it gives the definition, and the same bits whatever these are."""
+    lengths = [9000, 2048, 2049, *[300] * 61]
+    case = Case([1] * 64, lengths, 8 * group, 8, 128, 128, block_size=16, dtype=torch.float16)
+    problem = make_problem(case, 1, CUDA, max_blocks=600)
+    result = attend(problem)
+    check(result, problem)
+    problem.context_lens[3:] = 1
+    beside_short_rows = attend(problem)
+    assert torch.equal(beside_short_rows[:3], result[:3])
+    assert not torch.equal(beside_short_rows[3:], result[3:])
 
 
 def seconds_per_call(calls: list[Callable[[], torch.Tensor]]) -> float:

@@ -123,8 +123,13 @@ def paged_attention(
     step's tokens already; query heads are a multiple of heads, and consecutive query heads share one. Scores are multiplied
     by `scaling`. `window`: tokens a query sees, itself among them. `softcap`: scores become softcap * tanh(score / softcap).
     `sinks`: [query heads], a score that takes weight and gives no value. Padding tokens give 0. `out`, contiguous, takes the
-    result; without it one is made. `pdl` (a GPU for which `few_rows.has_pdl` holds): the kernel of rows of one token starts
-    while the one queued before still runs, waits for it before it reads anything, and lets the one queued behind start too.
+    result; without it one is made.
+    With `pdl` (a GPU for which `few_rows.has_pdl` holds) the kernel of rows of one token starts while the one queued before
+    still runs, and lets the one queued behind start too. Before it waits it reads lengths, tables, and a row's keys and values
+    but those of the row's last position. So of the kernels queued before only the last may write queries, or keys and values of
+    this step, and none of these may be at positions that another row reads; and it must be launched without `pdl`, or let
+    others start only after its own wait, as a `few_rows_qkv` or a `few_rows_linear` that norms does (`triggers_late`): else
+    what came before it might not be complete.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; grouped
     queries: Ainslie et al., "GQA", 2023; softcap: Gemma 2; sinks: gpt-oss.

@@ -2,6 +2,12 @@
 
 Each row's keys are split among programs, and the last of them to finish adds up what all have found, in the order of the
 splits. In a step with longer rows it passes over them. Names as in `attention_parts.py`.
+
+With `PDL` it is a link of a chain, as the kernels of `few_rows_kernels.py` are, and may start while the kernel before, which
+makes this layer's queries, keys and values, still runs. What is older is complete by then if that one lets it start only after
+its own wait, or ends without letting anything start: then all before it have ended. So before its wait a program reads lengths,
+tables, and keys and values of earlier steps, which is all but the position of the row's own token; it does not read queries,
+nor does it write: the layer before may still read its result, and then its scratch, too, until the wait is over.
 """
 
 from __future__ import annotations
@@ -9,44 +15,127 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]  # it comes without types
 import triton.language as tl  # type: ignore[import-untyped]  # as above
 
-from hotgraph_server.kernels.attention_parts import VARIABLE, attend_dots, finish, finite, slots, store, to_scores
+from hotgraph_server.kernels.attention_parts import VARIABLE, attend_dots, finish, finite, store, to_scores, weigh
 
 _SPLIT_UNIT = tl.constexpr(16)  # keys; a split's share is a multiple of it
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_lanes(
+def _wait() -> None:
+    """Returns when the kernel before has ended, and so have all before that; the one behind may start from here on."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_blocks(table: tl.tensor, positions: tl.tensor, upper: tl.tensor, block_size: tl.constexpr) -> tl.tensor:
+    """The blocks of positions; 0 from `upper` on."""
+    return tl.load(table + positions // block_size, mask=positions < upper, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_tile(
     keys: tl.tensor,
     values: tl.tensor,
-    table: tl.tensor,
+    blocks: tl.tensor,
     positions: tl.tensor,
     upper: tl.tensor,
     num_kv_heads: tl.constexpr,
-    key_dims: tl.tensor,
-    value_dims: tl.tensor,
-    key_dim: tl.constexpr,
-    value_dim: tl.constexpr,
+    key_size: tl.constexpr,
+    value_size: tl.constexpr,
+    padded_key_size: tl.constexpr,
+    padded_value_size: tl.constexpr,
     block_size: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Keys and values at positions [lanes, n]: [lanes, n, padded dim], 0 from `upper` on and in the padding."""
-    is_seen = positions < upper
-    places = (slots(table, positions, is_seen, block_size) * num_kv_heads)[:, :, None]
-    is_seen = is_seen[:, :, None]
-    key_mask = is_seen & (key_dims < key_dim)[None, None, :]
-    key = tl.load(keys + places * key_dim + key_dims[None, None, :], mask=key_mask, other=0.0)
-    value_mask = is_seen & (value_dims < value_dim)[None, None, :]
-    value = tl.load(values + places * value_dim + value_dims[None, None, :], mask=value_mask, other=0.0)
+    """Keys and values at positions in blocks, both of any shape, [..., padded size], 0 from `upper` on and in the padding.
+
+    Sizes are of what the pointers point at, words or numbers.
+    """
+    is_seen = tl.expand_dims(positions < upper, -1)
+    places = tl.expand_dims((blocks.to(tl.int64) * block_size + positions % block_size) * num_kv_heads, -1)
+    key_steps = tl.arange(0, padded_key_size)[None, :]
+    value_steps = tl.arange(0, padded_value_size)[None, :]
+    if len(positions.shape) == 2:
+        key_steps = key_steps[None, :, :]
+        value_steps = value_steps[None, :, :]
+    key = tl.load(keys + places * key_size + key_steps, mask=is_seen & (key_steps < key_size), other=0)
+    value = tl.load(values + places * value_size + value_steps, mask=is_seen & (value_steps < value_size), other=0)
     return key, value
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attend_lanes(
+def _numbers(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """What `_load_tile` loaded, as numbers: [..., n] words of two neighbours each are 2n, in order."""
+    if words.dtype == dtype:
+        return words
+    else:  # noqa: RET505  # Triton wants the branch that it does not take out of its sight
+        low = words.to(tl.int16).to(dtype, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+        joined = tl.join(low, high)
+        if len(words.shape) == 3:
+            return tl.reshape(joined, (words.shape[0], words.shape[1], 2 * words.shape[2]))
+        else:  # noqa: RET505  # as above
+            return tl.reshape(joined, (words.shape[0], 2 * words.shape[1]))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_lanes(
+    maximum: tl.tensor,
+    total: tl.tensor,
+    summed: tl.tensor,
+    asked: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    positions: tl.tensor,
+    upper: tl.tensor,
+    scaling: tl.tensor,
+    softcap: tl.tensor,
+    dtype: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A tile more: maximum and total [lanes] and sum [lanes, dim], with keys and values at positions [lanes, n]."""
+    products = tl.sum(_numbers(key, dtype).to(tl.float32) * asked[:, None, :], axis=2)
+    scores = tl.where(positions < upper, to_scores(products, scaling, softcap), float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    top = finite(new_maximum)
+    factor = tl.exp2(maximum - top)
+    weights = tl.exp2(scores - top[:, None])
+    total = total * factor + tl.sum(weights, axis=1)
+    summed = summed * factor[:, None] + tl.sum(weights[:, :, None] * _numbers(value, dtype).to(tl.float32), axis=1)
+    return new_maximum, total, summed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_dots(
+    maximum: tl.tensor,
+    total: tl.tensor,
+    summed: tl.tensor,
+    asked: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    positions: tl.tensor,
+    upper: tl.tensor,
+    scaling: tl.tensor,
+    softcap: tl.tensor,
+    dtype: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A tile more: maximum and total [heads] and sum [heads, dim], with keys and values at positions [n]."""
+    is_seen = tl.expand_dims(positions < upper, 0)
+    weights, maximum, total, factor = weigh(asked, _numbers(key, dtype), is_seen, maximum, total, scaling, softcap)
+    summed = tl.dot(weights.to(dtype), _numbers(value, dtype), acc=summed * factor[:, None], input_precision="ieee")
+    return maximum, total, summed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_ahead(
     query: tl.tensor,
+    heads: tl.tensor,
+    is_head: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
     table: tl.tensor,
     lower: tl.tensor,
     upper: tl.tensor,
+    own: tl.tensor,
     scaling: tl.tensor,
     softcap: tl.tensor,
     num_kv_heads: tl.constexpr,
@@ -55,58 +144,209 @@ def _attend_lanes(
     padded_key_dim: tl.constexpr,
     padded_value_dim: tl.constexpr,
     block_size: tl.constexpr,
+    padded_heads: tl.constexpr,
     tile_keys: tl.constexpr,
     lanes: tl.constexpr,
+    words: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """One query head over the keys from `lower` to `upper`: maximum [1], total [1], sum [1, dim].
+    """Query heads over the keys from `lower` to `upper`: maximum [n], total [n], sum [n, dim]. It waits for the kernel before.
 
-    Each lane has a softmax of its own over every lanes-th key, and the lanes are put together once at the end: in between no
-    thread waits for another but to add up a product over the dimension.
+    What stands before the position `own`, the token's, was written in earlier steps and is requested before the wait.
+
+    With one head each lane has a softmax of its own over every lanes-th key, and the lanes are put together once at the end: in
+    between no thread waits for another but to add up a product over the dimension.
+
+    Two tiles are on their way at a time, in registers: while one is worked on the other is loaded, and of the next two it is
+    known in which blocks they stand. Registers that a loop hands on must not be copied, as a copy waits for the load: so two
+    tiles a turn, and 16-bit numbers as words, which else would be taken apart at once.
     """
-    key_dims = tl.arange(0, padded_key_dim)
-    value_dims = tl.arange(0, padded_value_dim)
-    asked = tl.load(query + key_dims, mask=key_dims < key_dim, other=0.0).to(tl.float32)
-    # Lanes come first: there Triton lays them over warps and threads, and a lane's own keys over registers.
-    steps = tl.arange(0, lanes)[:, None] + tl.arange(0, tile_keys // lanes)[None, :] * lanes
-    maximum = tl.full([lanes], float("-inf"), tl.float32)
-    total = tl.zeros([lanes], tl.float32)
-    summed = tl.zeros([lanes, padded_value_dim], tl.float32)
-    # A tile is loaded while the one before is worked on. Loads left to stand before their use are moved among it by ptxas, and
-    # then each waits for the one before.
-    key, value = _load_lanes(
-        keys, values, table, lower + steps, upper, num_kv_heads, key_dims, value_dims, key_dim, value_dim, block_size
+    dtype: tl.constexpr = query.dtype.element_ty
+    key_size: tl.constexpr = key_dim // words
+    value_size: tl.constexpr = value_dim // words
+    padded_key_size: tl.constexpr = padded_key_dim // words
+    padded_value_size: tl.constexpr = padded_value_dim // words
+    if padded_heads == 1:
+        # Lanes come first: there Triton lays them over warps and threads, and a lane's own keys over registers.
+        steps = tl.arange(0, lanes)[:, None] + tl.arange(0, tile_keys // lanes)[None, :] * lanes
+    else:
+        steps = tl.arange(0, tile_keys)
+    second = lower + tile_keys
+    third = second + tile_keys
+    early = tl.minimum(upper, own)
+    even_blocks = _load_blocks(table, lower + steps, upper, block_size)
+    odd_blocks = _load_blocks(table, second + steps, upper, block_size)
+    even_key, even_value = _load_tile(
+        keys,
+        values,
+        even_blocks,
+        lower + steps,
+        early,
+        num_kv_heads,
+        key_size,
+        value_size,
+        padded_key_size,
+        padded_value_size,
+        block_size,
     )
-    for first in tl.range(lower, upper, tile_keys):
-        next_key, next_value = _load_lanes(
+    odd_key, odd_value = _load_tile(
+        keys,
+        values,
+        odd_blocks,
+        second + steps,
+        early,
+        num_kv_heads,
+        key_size,
+        value_size,
+        padded_key_size,
+        padded_value_size,
+        block_size,
+    )
+    next_even_blocks = _load_blocks(table, third + steps, upper, block_size)
+    next_odd_blocks = _load_blocks(table, third + tile_keys + steps, upper, block_size)
+    if PDL:
+        _wait()
+    # One program a head has the token's own position. It loads that tile once more, which the cache still holds.
+    if own < upper:
+        if own < second:
+            even_key, even_value = _load_tile(
+                keys,
+                values,
+                even_blocks,
+                lower + steps,
+                upper,
+                num_kv_heads,
+                key_size,
+                value_size,
+                padded_key_size,
+                padded_value_size,
+                block_size,
+            )
+        elif own < third:
+            odd_key, odd_value = _load_tile(
+                keys,
+                values,
+                odd_blocks,
+                second + steps,
+                upper,
+                num_kv_heads,
+                key_size,
+                value_size,
+                padded_key_size,
+                padded_value_size,
+                block_size,
+            )
+    key_dims = tl.arange(0, padded_key_dim)[None, :]
+    if padded_heads == 1:
+        # For every lane, as its threads need it: else it would go through shared memory first.
+        places = tl.max(heads, axis=0) * key_dim + key_dims + tl.zeros([lanes, 1], tl.int32)
+        asked = tl.load(query + places, mask=key_dims < key_dim, other=0.0).to(tl.float32)
+    else:
+        asked = tl.load(
+            query + heads[:, None] * key_dim + key_dims, mask=is_head[:, None] & (key_dims < key_dim), other=0.0
+        )
+    even_blocks = next_even_blocks
+    odd_blocks = next_odd_blocks
+    num_sums: tl.constexpr = lanes if padded_heads == 1 else padded_heads
+    maximum = tl.full([num_sums], float("-inf"), tl.float32)
+    total = tl.zeros([num_sums], tl.float32)
+    summed = tl.zeros([num_sums, padded_value_dim], tl.float32)
+    for first in tl.range(lower, upper, 2 * tile_keys, num_stages=1):
+        if padded_heads == 1:
+            maximum, total, summed = _add_lanes(
+                maximum,
+                total,
+                summed,
+                asked,
+                even_key,
+                even_value,
+                first + steps,
+                upper,
+                scaling,
+                softcap,
+                dtype,
+            )
+        else:
+            maximum, total, summed = _add_dots(
+                maximum,
+                total,
+                summed,
+                asked,
+                even_key,
+                even_value,
+                first + steps,
+                upper,
+                scaling,
+                softcap,
+                dtype,
+            )
+        later = first + 2 * tile_keys + steps
+        even_key, even_value = _load_tile(
             keys,
             values,
-            table,
-            first + tile_keys + steps,
+            even_blocks,
+            later,
             upper,
             num_kv_heads,
-            key_dims,
-            value_dims,
-            key_dim,
-            value_dim,
+            key_size,
+            value_size,
+            padded_key_size,
+            padded_value_size,
             block_size,
         )
-        scores = to_scores(tl.sum(key.to(tl.float32) * asked[None, None, :], axis=2), scaling, softcap)
-        scores = tl.where(first + steps < upper, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        top = finite(new_maximum)
-        factor = tl.exp2(maximum - top)
-        weights = tl.exp2(scores - top[:, None])
-        total = total * factor + tl.sum(weights, axis=1)
-        summed = summed * factor[:, None] + tl.sum(weights[:, :, None] * value.to(tl.float32), axis=1)
-        maximum = new_maximum
-        key, value = next_key, next_value
-    highest = tl.max(maximum, axis=0, keep_dims=True)
-    factor = tl.exp2(maximum - finite(highest))
-    return (
-        highest,
-        tl.sum(total * factor, axis=0, keep_dims=True),
-        tl.sum(summed * factor[:, None], axis=0, keep_dims=True),
-    )
+        even_blocks = _load_blocks(table, later + 2 * tile_keys, upper, block_size)
+        # Around products of the tensor cores Triton would let no tile be on its way across a branch.
+        if (padded_heads > 1) or (first + tile_keys < upper):
+            if padded_heads == 1:
+                maximum, total, summed = _add_lanes(
+                    maximum,
+                    total,
+                    summed,
+                    asked,
+                    odd_key,
+                    odd_value,
+                    first + tile_keys + steps,
+                    upper,
+                    scaling,
+                    softcap,
+                    dtype,
+                )
+            else:
+                maximum, total, summed = _add_dots(
+                    maximum,
+                    total,
+                    summed,
+                    asked,
+                    odd_key,
+                    odd_value,
+                    first + tile_keys + steps,
+                    upper,
+                    scaling,
+                    softcap,
+                    dtype,
+                )
+            later += tile_keys
+            odd_key, odd_value = _load_tile(
+                keys,
+                values,
+                odd_blocks,
+                later,
+                upper,
+                num_kv_heads,
+                key_size,
+                value_size,
+                padded_key_size,
+                padded_value_size,
+                block_size,
+            )
+            odd_blocks = _load_blocks(table, later + 2 * tile_keys, upper, block_size)
+    if padded_heads == 1:
+        highest = tl.max(maximum, axis=0, keep_dims=True)
+        factor = tl.exp2(maximum - finite(highest))
+        maximum = highest
+        total = tl.sum(total * factor, axis=0, keep_dims=True)
+        summed = tl.sum(summed * factor[:, None], axis=0, keep_dims=True)
+    return maximum, total, summed
 
 
 @triton.jit(do_not_specialize=VARIABLE)  # type: ignore[untyped-decorator]
@@ -124,6 +364,7 @@ def decode_kernel(
     totals: tl.tensor,
     arrivals: tl.tensor,
     is_mixed: tl.tensor,
+    least_share: tl.tensor,
     table_stride: tl.tensor,
     query_stride: tl.tensor,
     scaling: tl.tensor,
@@ -141,20 +382,20 @@ def decode_kernel(
     padded_heads: tl.constexpr,
     tile_keys: tl.constexpr,
     lanes: tl.constexpr,
+    words: tl.constexpr,
+    IS_AHEAD: tl.constexpr,
     max_splits: tl.constexpr,
     heads_at_once: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Rows whose token is their only one, grid (R, KV heads * head_blocks, splits). Row i's token is token i.
 
-    With `is_mixed`, rows of which that is not true are left to `tile_kernel`. Padding rows give 0.
-    With `PDL` the kernel is a link of a chain, as those of `few_rows_kernels.py` are: every program waits, on all its ways out.
+    With `is_mixed`, rows of which that is not true are left to `tile_kernel`. Padding rows give 0. A row's splits take
+    `least_share` keys each at least, a multiple of 16, and what is left of them ends at once.
+    With `IS_AHEAD` loads are requested as `_attend_ahead` says. `words`: numbers in an element of keys and values as given.
+    With `PDL` it does not end before the kernel in front of it: all programs wait but splits that are not used.
     Source of the splitting: Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
-    if PDL:
-        # Lengths and tables, too, may have been written in this step, and the scratch may still be read by the layer before.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
@@ -164,13 +405,15 @@ def decode_kernel(
     query_end = tl.load(query_starts + row + 1)
     context_len = tl.load(context_lens + row)
     if (is_mixed != 0) & ((query_start != row) | (query_end != row + 1)):
+        if PDL:
+            _wait()
         return
     first_seen = tl.maximum(context_len - window, 0)
     num_seen = context_len - first_seen
-    share = tl.maximum(tl.cdiv(tl.cdiv(num_seen, num_splits), _SPLIT_UNIT), 1) * _SPLIT_UNIT
+    share = tl.maximum(tl.cdiv(tl.cdiv(num_seen, num_splits), _SPLIT_UNIT) * _SPLIT_UNIT, least_share)
     num_used = tl.maximum(tl.cdiv(num_seen, share), 1)
     if split >= num_used:
-        return
+        return  # at once, even with PDL: the row's first split waits
     lower = first_seen + split * share
     upper = tl.minimum(lower + share, context_len)
 
@@ -178,17 +421,20 @@ def decode_kernel(
     is_head = (tl.arange(0, padded_heads) < block_heads) & (group_heads < group)
     heads = kv_head * group + group_heads
     query += row.to(tl.int64) * query_stride
-    keys += kv_head * key_dim
-    values += kv_head * value_dim
+    keys += kv_head * (key_dim // words)
+    values += kv_head * (value_dim // words)
     table = block_tables + row * table_stride
-    if padded_heads == 1:
-        maximum, total, summed = _attend_lanes(
-            query + kv_head * key_dim,
+    if IS_AHEAD:
+        maximum, total, summed = _attend_ahead(
+            query,
+            heads,
+            is_head,
             keys,
             values,
             table,
             lower,
             upper,
+            context_len - 1,
             scaling,
             softcap,
             num_kv_heads,
@@ -197,10 +443,15 @@ def decode_kernel(
             padded_key_dim,
             padded_value_dim,
             block_size,
+            padded_heads,
             tile_keys,
             lanes,
+            words,
+            PDL,
         )
     else:
+        if PDL:
+            _wait()
         key_dims = tl.arange(0, padded_key_dim)
         asked = tl.load(
             query + heads[:, None] * key_dim + key_dims[None, :],

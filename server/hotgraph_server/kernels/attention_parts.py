@@ -13,7 +13,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes of the step and what may differ from layer to layer: a kernel made for one value of them would have to be compiled for
 # the next one, maybe inside a capture.
-VARIABLE = ["is_mixed", "num_rows", "num_tokens", "table_stride", "window"]
+VARIABLE = ["is_mixed", "least_share", "num_rows", "num_tokens", "table_stride", "window"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton comes without types; so below
@@ -68,6 +68,30 @@ def slots(table: tl.tensor, positions: tl.tensor, is_seen: tl.tensor, block_size
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def weigh(
+    asked: tl.tensor,
+    key: tl.tensor,
+    is_seen: tl.tensor,
+    maximum: tl.tensor,
+    total: tl.tensor,
+    scaling: tl.tensor,
+    softcap: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A tile more: the weights [rows, keys] of keys, the new maximum and total [rows], and what sums so far are scaled by.
+
+    asked: [rows, dim]; key: [keys, dim]; is_seen: whether a row sees a key, [rows or 1, keys].
+    """
+    # Products of float32 in full: the default, TF32, keeps ten bits.
+    scores = to_scores(tl.dot(asked, tl.trans(key), input_precision="ieee"), scaling, softcap)
+    scores = tl.where(is_seen, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    top = finite(new_maximum)
+    factor = tl.exp2(maximum - top)
+    weights = tl.exp2(scores - top[:, None])
+    return weights, new_maximum, total * factor + tl.sum(weights, axis=1), factor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def attend_dots(
     asked: tl.tensor,
     query_positions: tl.tensor,
@@ -113,16 +137,9 @@ def attend_dots(
             mask=is_there[:, None] & (value_dims < value_dim)[None, :],
             other=0.0,
         )
-        # Products of float32 in full: the default, TF32, keeps ten bits.
-        scores = to_scores(tl.dot(asked, tl.trans(key), input_precision="ieee"), scaling, softcap)
         # How far back a key lies; in the future it is beyond any window, as it wraps around.
         distances = (query_positions[:, None] - positions[None, :]).to(tl.uint32)
-        scores = tl.where((distances < window.to(tl.uint32)) & is_there[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        top = finite(new_maximum)
-        factor = tl.exp2(maximum - top)
-        weights = tl.exp2(scores - top[:, None])
-        total = total * factor + tl.sum(weights, axis=1)
+        is_seen = (distances < window.to(tl.uint32)) & is_there[None, :]
+        weights, maximum, total, factor = weigh(asked, key, is_seen, maximum, total, scaling, softcap)
         summed = tl.dot(weights.to(value.dtype), value, acc=summed * factor[:, None], input_precision="ieee")
-        maximum = new_maximum
     return maximum, total, summed

@@ -18,9 +18,14 @@ from hotgraph_server.kernels.attention_tiles import tile_kernel
 MAX_SPLITS = 16
 """Programs that may share the keys of one row and KV head."""
 FULL_GRID = 256
-"""Decode programs from which splitting rows gains nothing: about two for each of the 132 multiprocessors of an H100 or H200."""
+"""Decode programs from which rows of one length gain nothing by splits: about two for each of an H100's 132 multiprocessors."""
 LANE_GRID = 1024
 """Programs to split rows into where there are fewer than FULL_GRID, and each serves one head: those are small ones."""
+LONG_SHARE = 2048
+"""Keys from which on a row is split in a full grid, too: a long row would keep few programs busy when all others are done."""
+LONG_SPLITS = 4
+"""Splits of a row in a full grid: in a step without long rows all but the first are programs that only start and end."""
+_LEAST_SHARE = 16
 _MAX_HEADS = 32
 """Query heads a program may serve; further ones of the same KV head go to other programs, or registers would run out."""
 _NO_WINDOW = 1 << 30
@@ -73,12 +78,21 @@ class DeviceRows:
         self.block_size = block_size
         self._scratch: dict[tuple[int, int, int], Scratch] = {}
 
-    def scratch(self, num_kv_heads: int, num_heads: int, value_dim: int) -> Scratch | None:
+    def num_splits(self, num_kv_heads: int, num_heads: int, window: int | None) -> int:
+        """See `split_count`. A row is no longer than its table, whatever the step."""
+        max_context = self.block_tables.shape[1] * self.block_size
+        return split_count(
+            self.num_rows,
+            num_kv_heads,
+            is_grouped=num_heads > num_kv_heads,
+            max_context=max_context if window is None else min(max_context, window),
+        )
+
+    def scratch(self, num_heads: int, num_splits: int, value_dim: int) -> Scratch | None:
         """One for all layers of this shape, as they run one after the other; None when rows are not split."""
-        num_splits = split_count(self.num_rows, num_kv_heads, is_grouped=num_heads > num_kv_heads)
         if num_splits == 1:
             return None
-        key = (num_kv_heads, num_heads, value_dim)
+        key = (num_heads, num_splits, value_dim)
         scratch = self._scratch.get(key)
         if scratch is None:
             device, shape = self.block_tables.device, (self.num_rows, num_heads, num_splits)
@@ -92,13 +106,18 @@ class DeviceRows:
         return scratch
 
 
-def split_count(num_rows: int, num_kv_heads: int, *, is_grouped: bool) -> int:
-    """Splits of each row: a power of two that fills the grid, 1 when it is full without. `is_grouped`: heads share KV heads."""
+def split_count(num_rows: int, num_kv_heads: int, *, is_grouped: bool, max_context: int) -> int:
+    """Splits of each row, a power of two: as many as fill the grid; where it is full without, as the longest row may need.
+
+    is_grouped: heads share KV heads; max_context: what a row can have at most, not what the rows at hand have.
+    """
     num_programs = num_rows * num_kv_heads
-    if num_programs >= FULL_GRID:
-        return 1
-    wanted = FULL_GRID if is_grouped else LANE_GRID
     num_splits = 1
+    if num_programs >= FULL_GRID:
+        while num_splits < LONG_SPLITS and num_splits * LONG_SHARE < max_context:
+            num_splits *= 2
+        return num_splits
+    wanted = FULL_GRID if is_grouped else LANE_GRID
     while num_splits < MAX_SPLITS and num_programs * num_splits < wanted:
         num_splits *= 2
     return num_splits
@@ -183,50 +202,56 @@ def launches(
     is_mixed = not is_decode and rows.num_rows > 1
     result = []
     if is_decode or is_mixed:
-        scratch = rows.scratch(num_kv_heads, num_heads, value_dim)
-        num_splits = split_count(rows.num_rows, num_kv_heads, is_grouped=group > 1)
-        grid = (rows.num_rows, num_programs, num_splits)
+        num_splits = rows.num_splits(num_kv_heads, num_heads, window)
+        scratch = rows.scratch(num_heads, num_splits, value_dim)
+        num_decode_programs = rows.num_rows * num_kv_heads
+        is_full = num_decode_programs >= FULL_GRID
+        options = _decode_options(heads, row_bytes, padded_value_dim, keys.dtype, num_decode_programs)
         arguments: dict[str, Any] = {
             **common,
-            **_decode_options(heads, row_bytes, padded_value_dim, keys.dtype, grid),
+            **options,
             "is_mixed": int(is_mixed),
+            "least_share": LONG_SHARE if is_full else _LEAST_SHARE,
+            "words": 1,
             "PDL": pdl,
         }
+        if options["IS_AHEAD"] and keys.element_size() == 2 and key_dim % 2 == value_dim % 2 == 0:
+            arguments |= {"words": 2, "keys": keys.view(torch.int32), "values": values.view(torch.int32)}
         if pdl:  # named only where it is wanted: the interpreter does not know it
             arguments["launch_pdl"] = True
         for name in ("sums", "maxima", "totals", "arrivals"):
             arguments[name] = None if scratch is None else getattr(scratch, name)
-        result.append(Launch(decode_kernel, grid, arguments))
+        result.append(Launch(decode_kernel, (rows.num_rows, num_programs, num_splits), arguments))
     if not is_decode:
-        options = _tile_options(heads, row_bytes, keys.dtype)
+        tile_options = _tile_options(heads, row_bytes, keys.dtype)
         # Rows and the padding after them start a tile each, wherever the one before ended.
-        num_tiles = num_tokens // options["tile_tokens"] + rows.num_rows + 1
-        arguments = {**common, **options, "is_mixed": int(is_mixed), "num_tokens": num_tokens}
+        num_tiles = num_tokens // tile_options["tile_tokens"] + rows.num_rows + 1
+        arguments = {**common, **tile_options, "is_mixed": int(is_mixed), "num_tokens": num_tokens}
         arguments["num_rows"] = rows.num_rows
         result.append(Launch(tile_kernel, (num_tiles, num_programs), arguments))
     return result
 
 
 def _decode_options(
-    heads: int, row_bytes: int, padded_value_dim: int, dtype: torch.dtype, grid: tuple[int, int, int]
+    heads: int, row_bytes: int, padded_value_dim: int, dtype: torch.dtype, num_programs: int
 ) -> dict[str, int]:
-    """Keys and values in flight are bounded in bytes, so that they stay in registers or shared memory.
+    """num_programs: without splits. Few choices, as each is a kernel of its own.
 
-    A program of one head takes the fewer of them the more programs there are, and few of a split row: measured on an H200
-    for 128 elements of 16 bits, 1 to 64 rows of 32 heads and contexts of 256 to 4,096. Few choices, as each is a kernel of
-    its own.
+    A program of `_attend_ahead` has two tiles on their way in its registers, so a tile is small, and the smaller the more
+    programs there are or the shorter their shares. Grouped heads in a full grid take larger tiles through shared memory.
     """
-    num_programs, num_splits = grid[0] * grid[1], grid[2]
     num_warps, num_rounds = 4, 1
+    is_full = num_programs >= FULL_GRID
+    is_ahead = heads == 1 or not is_full
     tile_keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    if heads > 1:
-        if dtype == torch.float32:  # multiplied outside the tensor cores, and out of registers
-            tile_keys, num_warps = 16, 8
-    elif num_splits > 1 or num_programs >= LANE_GRID:
+    if heads > 1 and dtype == torch.float32:  # multiplied outside the tensor cores, and out of registers
+        tile_keys, num_warps = 16, 8
+    elif heads == 1 and (not is_full or num_programs >= LANE_GRID):
         tile_keys, num_warps, num_rounds = 16, 2, 2
-    elif num_programs >= LANE_GRID // 2:
+    elif is_ahead:
         tile_keys = max(16, tile_keys // 2)
     return {
+        "IS_AHEAD": is_ahead,
         "padded_heads": 1 if heads == 1 else max(16, triton.next_power_of_2(heads)),  # tl.dot takes 16 rows at least
         "tile_keys": tile_keys,
         # As many keys as the threads can load in a round, or two, with 16 bytes each: a lane's keys are all its own threads'.
