@@ -41,6 +41,14 @@ class ModelSettings(Section):
         Literal["auto", "decoder", "bridge"],
         Field(description="auto: the lean decoder when it knows the architecture."),
     ] = "auto"
+    tuning: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Table of measured tunings: auto takes this host's own (hotgraph tune makes it) over the one that is"
+            " shipped for its GPU, off takes none, else a file.",
+        ),
+    ] = "auto"
     num_threads: Annotated[
         int | None, Field(ge=1, description="CPU threads of one step. Default: the CPU's cores.")
     ] = None

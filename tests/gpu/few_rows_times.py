@@ -1,6 +1,7 @@
 """Times of products for few rows on a GPU, at the sizes of a 7B Llama: tunings, torch's own call, and whole layers in a chain.
 
-Weights of several layers are read in turn, so that none is found in the cache. All times are of graphs, without the host.
+Weights of several layers are read in turn, so that none is found in the cache. All times are of graphs, without the host; the
+clock and the tunings are those of the tuner (`kernels/tuner.py`).
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +17,13 @@ from typing import Any
 import torch
 
 from hotgraph_server.kernels.activation import gated_activation
-from hotgraph_server.kernels.few_rows import (
-    MAX_SUM_ROWS,
-    DotTuning,
-    SumTuning,
-    few_rows_linear_triton,
-    few_rows_qkv_triton,
-    tuned,
-)
+from hotgraph_server.kernels.few_rows import Tuning, few_rows_linear_triton, few_rows_qkv_triton, row_class
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
-
-Tuning = SumTuning | DotTuning
+from hotgraph_server.kernels.tuner import candidates
+from hotgraph_server.kernels.tuner_gpu import NUM_REPLAYS, graph_seconds
+from hotgraph_server.kernels.tuning import ProductShape
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 4096, 11008, 8
 NUM_HEADS, HEAD_DIM = 32, 128
@@ -49,7 +43,13 @@ class Projection:
     @property
     def num_bytes(self) -> int:
         """Of the weight."""
-        return 2 * self.num_inputs * self.num_outputs * (2 if self.is_gated else 1)
+        return self.shape.num_bytes
+
+    @property
+    def shape(self) -> ProductShape:
+        """As the tuner has it."""
+        num_weight_rows = self.num_outputs * (2 if self.is_gated else 1)
+        return ProductShape(num_weight_rows, self.num_inputs, self.is_gated, self.is_normed, "float16")
 
 
 PROJECTIONS = (
@@ -135,47 +135,14 @@ class Tensors:
             gated_activation(self.wide, "silu", self.out)
 
 
-def tunings(num_rows: int, num_inputs: int) -> Iterator[Tuning]:
-    """What is tried: from 64 to 512 bytes of the weight in flight a thread."""
-    if num_rows <= MAX_SUM_ROWS:
-        for block_rows in (2, 4, 8):
-            for tile in (2048, 4096):
-                for num_warps in (4, 8):
-                    for ahead in (1, 2, 3):
-                        if (ahead - 1) * tile < num_inputs and 64 <= block_rows * tile * ahead * 2 // (
-                            32 * num_warps
-                        ) <= 512:
-                            yield SumTuning(block_rows, tile, num_warps, ahead)
-        return
-    for block_rows, parts, ahead in (
-        (16, 2, 4),
-        (16, 2, 6),
-        (16, 4, 2),
-        (16, 4, 3),
-        (16, 1, 8),
-        (32, 2, 3),
-        (32, 1, 6),
-    ):
-        for num_warps in (2, 4, 8):
-            yield DotTuning(block_rows, parts, num_warps, ahead, tokens_ahead=2)
-
-
 def rule(projection: Projection, num_rows: int) -> Tuning:
     """What is taken without being told."""
-    return tuned(
-        num_rows,
-        projection.num_outputs * (2 if projection.is_gated else 1),
-        projection.num_inputs,
-        is_gated=projection.is_gated,
-        is_normed=projection.is_normed,
-    )
+    return projection.shape.rule(num_rows)
 
 
 def tries_of(projection: Projection, num_rows: int, *, sweeps: bool) -> list[Tuning]:
-    """The rule's and, with `sweeps`, all others."""
-    return list(
-        dict.fromkeys([rule(projection, num_rows), *(tunings(num_rows, projection.num_inputs) if sweeps else ())])
-    )
+    """The rule's and, with `sweeps`, all that the tuner tries."""
+    return candidates(projection.shape, row_class(num_rows)) if sweeps else [rule(projection, num_rows)]
 
 
 def compile_one(variant: tuple[Projection, int, Tuning, bool]) -> None:
@@ -199,25 +166,16 @@ def compile_all(variants: Sequence[tuple[Projection, int, Tuning, bool]]) -> Non
         list(executor.map(compile_one, variants, chunksize=4))
 
 
-def graph_microseconds(works: Sequence[Callable[[], object]], *, num_replays: int = 7) -> float:
+def graph_microseconds(works: Sequence[Callable[[], object]], *, num_replays: int = NUM_REPLAYS) -> float:
     """Of all works together, one after the other in one graph: the median of replays."""
-    for work in works[:8]:
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for work in works:
             work()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(num_replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000)
-    return statistics.median(times)
+
+    for work in works[:8]:
+        work()
+    return graph_seconds(run, torch.device("cuda"), num_replays=num_replays) * 1e6
 
 
 def projection_times(

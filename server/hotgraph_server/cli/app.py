@@ -13,6 +13,7 @@ from hotgraph_server.cli.graphs import graphs
 from hotgraph_server.cli.lazy import RootGroup, lazy_command
 from hotgraph_server.cli.models import models
 from hotgraph_server.cli.status import drain, status
+from hotgraph_server.cli.tune import tune
 from hotgraph_server.cli.versions import print_version, version
 
 _USE, _RUN, _CACHE, _MEASURE = "Ask the model", "Run the daemon", "Models and graphs", "Measure and inform"
@@ -24,7 +25,7 @@ class Commands(RootGroup):
     order = (
         *("demo", "generate", "chat", "tokenize"),
         *("serve", "status", "drain"),
-        *("model", "graphs"),
+        *("model", "graphs", "tune"),
         *("bench", "version"),
     )
 
@@ -88,6 +89,11 @@ app.command("status", rich_help_panel=_RUN, epilog="Example: [bold]hotgraph stat
 app.command("drain", rich_help_panel=_RUN, epilog="Example: [bold]hotgraph drain --grace 10s --wait[/bold]")(drain)
 app.add_typer(models, name="model", rich_help_panel=_CACHE)
 app.add_typer(graphs, name="graphs", rich_help_panel=_CACHE)
+app.command(
+    "tune",
+    rich_help_panel=_CACHE,
+    epilog="Example: [bold]hotgraph tune --model ./my-llama --seconds 2min[/bold]",
+)(tune)
 app.command("bench", cls=lazy_command("hotgraph_server.bench.command:bench"), rich_help_panel=_MEASURE)(_bench)
 app.command("version", rich_help_panel=_MEASURE)(version)
 

@@ -14,6 +14,7 @@ units and the norm: see `activation.py` and `norm.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -59,6 +60,11 @@ class DotTuning:
     tokens_ahead: int
     triggers_late: bool = False
 
+
+Tuning: TypeAlias = SumTuning | DotTuning
+
+ROW_CLASSES = (1, 2, 8, 16)
+"""There is a kernel for one row, one for two, one for up to 8 and one for up to 16, and a tuning for each."""
 
 # For one row, for two, for up to 8, for up to 16. What follows the QKV product is let start only after that one's own wait:
 # attention waits at once, and so has nothing to do before.
@@ -130,6 +136,7 @@ def few_rows_linear(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     pdl: bool = False,
+    tuning: Tuning | None = None,
 ) -> torch.Tensor:
     """y = x Wᵀ + bias for M rows, x normed before and y gated or added to the residual behind: `out`, or a new tensor.
 
@@ -145,6 +152,8 @@ def few_rows_linear(
     With `pdl` the kernel starts while the one queued before still runs, and lets the one queued behind start too. It waits
     before it reads x or writes; weight, bias and norm it reads without waiting, so no kernel in flight may write those.
 
+    tuning: how the kernel is cut up, for this number of rows; None: as `tuned` says. The CPU does not ask.
+
     Bytes: 2 * weight.numel() from memory; x once a program, from the cache.
     """
     if x.is_cuda:
@@ -159,6 +168,7 @@ def few_rows_linear(
             activation=activation,
             residual=residual,
             pdl=pdl,
+            tuning=tuning,
         )
     result = few_rows_reference(
         x, weight, bias=bias, norm=norm, epsilon=epsilon, activation=activation, residual=residual
@@ -178,7 +188,7 @@ def few_rows_linear_triton(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     pdl: bool = False,
-    tuning: SumTuning | DotTuning | None = None,
+    tuning: Tuning | None = None,
 ) -> torch.Tensor:
     """`few_rows_linear` in Triton's kernels. `tuning` is a SumTuning for one or two rows, else a DotTuning."""
     num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
@@ -232,6 +242,7 @@ def few_rows_qkv(
     epsilon: float = 0.0,
     normed: torch.Tensor | None = None,
     pdl: bool = False,
+    tuning: Tuning | None = None,
 ) -> torch.Tensor:
     """`few_rows_linear` and then `rope_and_write_kv`, in the kernel of the product: the turned queries, in `out` or new.
 
@@ -252,6 +263,7 @@ def few_rows_qkv(
             epsilon=epsilon,
             normed=normed,
             pdl=pdl,
+            tuning=tuning,
         )
     query = few_rows_qkv_reference(x, weight, rope, kv_indices, keys, values, bias=bias, norm=norm, epsilon=epsilon)
     return query if out is None else out.copy_(query)
@@ -276,7 +288,7 @@ def few_rows_qkv_triton(
     epsilon: float = 0.0,
     normed: torch.Tensor | None = None,
     pdl: bool = False,
-    tuning: SumTuning | DotTuning | None = None,
+    tuning: Tuning | None = None,
 ) -> torch.Tensor:
     """`few_rows_qkv` in Triton's kernels. `tuning` as in `few_rows_linear_triton`."""
     num_kv_heads, head_dim = keys.shape[2:]
@@ -316,7 +328,7 @@ class _Product:
     pdl: bool
 
 
-def _launch(product: _Product, tuning: SumTuning | DotTuning, **epilogue: object) -> None:
+def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     # Torch for the CPU alone comes without Triton.
     from hotgraph_server.kernels.few_rows_kernels import dots_kernel, norm_kernel, sums_kernel
 
@@ -386,16 +398,21 @@ def _launch(product: _Product, tuning: SumTuning | DotTuning, **epilogue: object
     )
 
 
-def tuned(
-    num_rows: int, num_weight_rows: int, num_inputs: int, *, is_gated: bool, is_normed: bool
-) -> SumTuning | DotTuning:
+def row_class(num_rows: int) -> int:
+    """The one of ROW_CLASSES whose kernel serves so many rows."""
+    assert 1 <= num_rows <= MAX_ROWS, "few rows"
+    return next(largest for largest in ROW_CLASSES if num_rows <= largest)
+
+
+def tuned(num_rows: int, num_weight_rows: int, num_inputs: int, *, is_gated: bool, is_normed: bool) -> Tuning:
     """What a product is cut into: the best found on an H200 for the product of a 7B Llama that it is most like.
 
     There are four kernels for each weight: for one row, for two, up to 8 and up to 16. A head is taken for queries, keys and
-    values: it triggers late, which nobody behind it minds.
+    values: it triggers late, which nobody behind it minds. This is the rule for shapes that nobody has measured; for those that
+    somebody has see `tuning.py`.
     """
     name = "gate_up" if is_gated else "qkv" if is_normed else "down" if num_inputs > 8192 else "o"
-    tuning = _BEST[name][0 if num_rows == 1 else 1 if num_rows == 2 else 2 if num_rows <= 8 else 3]
+    tuning = _BEST[name][ROW_CLASSES.index(row_class(num_rows))]
     if isinstance(tuning, SumTuning):
         # Small models: a thread takes eight neighbours, and more threads than that have nothing to do.
         tile = min(tuning.tile, max(next_power_of_two(num_inputs), 256))

@@ -16,6 +16,7 @@ import torch
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.attention import AttentionPlan
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
+from hotgraph_server.kernels.tuning import NO_TUNINGS, TuningTable
 from hotgraph_server.models.arena import Activations, DecoderArena
 from hotgraph_server.models.few_rows_layers import MAX_TOKENS, FewRowsLayers
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
@@ -38,6 +39,7 @@ class Decoder:
         num_parameters: int,
         *,
         fuses_few_rows: bool | None = None,
+        tunings: TuningTable = NO_TUNINGS,
     ) -> None:
         shape = layers.shape
         self.architecture = shape.architecture
@@ -61,7 +63,7 @@ class Decoder:
         self._layers = layers
         self._few_rows_layers: FewRowsLayers | None = None
         if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
-            self._few_rows_layers = FewRowsLayers(layers, num_turned=rope_table.shape[1])
+            self._few_rows_layers = FewRowsLayers(layers, rope_table.shape[1], tunings)
         self._embedding = embedding
         self._rope_table = rope_table
 
@@ -89,18 +91,21 @@ class Decoder:
         device: torch.device,
         max_context: int | None = None,
         fuses_few_rows: bool | None = None,
+        tunings: TuningTable = NO_TUNINGS,
     ) -> Decoder:
         """Takes the weights by their transformers names and keeps copies. `weights` may read lazily.
 
         fuses_few_rows: whether short steps go through `FewRowsLayers`; None: where it is faster. On the CPU, for tests, that
-        takes weights which are not packed.
+        takes weights which are not packed. tunings: how the products of short steps are cut up, for good.
         Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape.
         """
         shape = DecoderShape.from_config(config)
         turn = rotary(config, shape, max_context)
         with torch.inference_mode():
             return _Builder(shape, weights, dtype, device).build(
-                rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length), fuses_few_rows
+                rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length),
+                fuses_few_rows,
+                tunings,
             )
 
     def arena(self, max_tokens: int, max_rows: int) -> DecoderArena | None:
@@ -171,7 +176,7 @@ class _Builder:
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # elements of each weight taken
 
-    def build(self, rope_table: torch.Tensor, fuses_few_rows: bool | None) -> Decoder:
+    def build(self, rope_table: torch.Tensor, fuses_few_rows: bool | None, tunings: TuningTable) -> Decoder:
         """The decoder; the weights it was made of may go. Raises ModelLoadError."""
         shape = self._shape
         embedding = self._vector("model.embed_tokens.weight", shape.vocabulary_size, shape.hidden_size)
@@ -188,6 +193,7 @@ class _Builder:
             rope_table,
             sum(self._sizes.values()),
             fuses_few_rows=fuses_few_rows,
+            tunings=tunings,
         )
 
     @torch.inference_mode()  # a mode of the thread, so each worker enters it

@@ -15,6 +15,7 @@ import torch
 
 from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import ModelLoadError
+from hotgraph_server.kernels.tuning import load_tunings
 from hotgraph_server.models import convert
 from hotgraph_server.models.checkpoint import open_checkpoint
 from hotgraph_server.models.decoder import Decoder
@@ -23,7 +24,8 @@ from hotgraph_server.models.gguf_file import GgufFile
 from hotgraph_server.models.interface import Model
 from hotgraph_server.models.json_file import read_json
 from hotgraph_server.models.plain_config import PlainConfig, read_plain
-from hotgraph_server.models.shape import Config
+from hotgraph_server.models.rotary import rotary
+from hotgraph_server.models.shape import Config, DecoderShape
 from hotgraph_server.models.sources import Source, resolve
 from hotgraph_server.models.tokenizer import HuggingFaceTokenizer, TokenizerSettings, load_tokenizer
 from hotgraph_server.models.transformers_model import first_line, read_gguf_config, read_model
@@ -58,6 +60,16 @@ class LoadedModel:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
+    """What a lean decoder's kernels depend on. num_turned: elements of a head that rope turns."""
+
+    shape: DecoderShape
+    num_turned: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 def load_model(settings: ModelSettings, *, cache: Path | None = None, progress: Progress | None = None) -> LoadedModel:
     """Loads what `settings` names. `cache` is the folder of embedded models, by default the user's own.
 
@@ -65,8 +77,7 @@ def load_model(settings: ModelSettings, *, cache: Path | None = None, progress: 
     """
     device = choose_device(settings.device)
     source = resolve(settings.source, cache=cache, progress=progress)
-    is_plain = settings.runner != "bridge"  # which needs transformers' own configuration, and transformers anyway
-    parts = _open_gguf(source, is_plain=is_plain) if source.is_gguf else _open_folder(source, is_plain=is_plain)
+    parts = _open(source, settings)
     dtype = choose_dtype(settings.dtype, device, parts.dtype)
     _check_max_context(settings, parts.config, source.path)
     if parts.tokenizer.vocabulary_size > (rows := _vocabulary_size(parts.config)):
@@ -75,6 +86,23 @@ def load_model(settings: ModelSettings, *, cache: Path | None = None, progress: 
         )
     model = _make_model(settings, parts, source.path, dtype=dtype, device=device)
     return LoadedModel(model, parts.tokenizer, settings.id or source.model_id, parts.generation, source.path)
+
+
+def read_sizes(
+    settings: ModelSettings, *, cache: Path | None = None, progress: Progress | None = None
+) -> DecoderSizes | None:
+    """The sizes of the decoder that `load_model` would make, without reading weights; None when it would take the bridge.
+
+    Raises ModelLoadError as that does, as far as it looks.
+    """
+    device = choose_device(settings.device)
+    source = resolve(settings.source, cache=cache, progress=progress)
+    parts = _open(source, settings)
+    if settings.runner == "bridge" or parts.weights is None or not Decoder.supports(parts.config):
+        return None
+    shape = DecoderShape.from_config(parts.config)
+    num_turned = 2 * rotary(parts.config, shape, settings.max_context).inverse_frequencies.numel()
+    return DecoderSizes(shape, num_turned, choose_dtype(settings.dtype, device, parts.dtype), device)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -112,6 +140,11 @@ class _Parts:
     dtype: torch.dtype
     tokenizer: HuggingFaceTokenizer
     generation: GenerationDefaults
+
+
+def _open(source: Source, settings: ModelSettings) -> _Parts:
+    is_plain = settings.runner != "bridge"  # which needs transformers' own configuration, and transformers anyway
+    return _open_gguf(source, is_plain=is_plain) if source.is_gguf else _open_folder(source, is_plain=is_plain)
 
 
 def _open_folder(source: Source, *, is_plain: bool) -> _Parts:
@@ -185,7 +218,14 @@ def _make_model(
         )
     try:
         if is_supported and parts.weights is not None and settings.runner != "bridge":
-            return Decoder.from_config(config, parts.weights, dtype=dtype, device=device, max_context=max_context)
+            return Decoder.from_config(
+                config,
+                parts.weights,
+                dtype=dtype,
+                device=device,
+                max_context=max_context,
+                tunings=load_tunings(settings.tuning, device),
+            )
         from hotgraph_server.models.bridge import Bridge
 
         assert not isinstance(config, PlainConfig), "what the decoder knows it runs"

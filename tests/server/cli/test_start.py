@@ -49,7 +49,9 @@ def test_base_install_says_what_to_install(missing: list[str]) -> None:
 SERVER_PACKAGES = ["torch", "transformers", "uvloop", "structlog", "platformdirs", "safetensors", "tokenizers", "numpy"]
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["demo"], ["model", "pull"], ["model", "list"], ["model", "show"]])
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["demo"], ["tune"], ["model", "pull"], ["model", "list"], ["model", "show"]]
+)
 def test_cli_install_says_what_serving_needs(arguments: list[str]) -> None:
     """With the command line installed but not the server, what runs models says which extra it needs."""
     ran = without(SERVER_PACKAGES, *arguments)
