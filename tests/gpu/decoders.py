@@ -52,7 +52,8 @@ def arena_of(model: Decoder, max_tokens: int = 128, max_rows: int = 8) -> Arena:
     arena = model.arena(max_tokens, max_rows)
     assert arena is not None
     for room in vars(arena).values():
-        room.fill_(torch.nan)
+        if isinstance(room, torch.Tensor):
+            room.fill_(torch.nan)
     return arena
 
 

@@ -38,11 +38,14 @@ class SlotTables:
         def mirrored(*row: int, dtype: type[np.generic]) -> Mirrored:
             return Mirrored((size, *row), dtype, device, num_stages=num_stages)
 
-        # The host's to write. A row is a slot; `_floats` and `_integers` hold one parameter a column.
+        # The host's to write. A row is a slot. Parameters lie in one array, so that one copy brings a slot's to the device: six
+        # floats, and in two of its words each, two integers and the seed's halves.
         self._tables = mirrored(max_blocks, dtype=np.int32)
-        self._floats = mirrored(6, dtype=np.float32)
-        self._integers = mirrored(2, dtype=np.int64)
-        self._seeds = mirrored(2, dtype=np.int64)
+        self._parameters = mirrored(6 + 2 * 2 + 2 * 2, dtype=np.int32)
+        words = self._parameters.host
+        self._host_floats = words[:, :6].view(np.float32)
+        self._host_integers = words[:, 6:10].view(np.int64)
+        self._host_seeds = words[:, 10:].view(np.int64)
         self._bias_ids = mirrored(BOUNDS.max_logit_bias, dtype=np.int64)
         self._bias_values = mirrored(BOUNDS.max_logit_bias, dtype=np.float32)
         self._banned_ids = mirrored(MAX_BANNED, dtype=np.int64)
@@ -54,11 +57,12 @@ class SlotTables:
         self._changed_bans: set[int] = set()
         # The kernels' to read.
         self.block_tables = self._tables.tensor
+        parameters = self._parameters.tensor
         self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = (
-            self._floats.tensor.unbind(1)
+            parameters[:, :6].view(torch.float32).unbind(1)
         )
-        self.top_k, self.banned_until = self._integers.tensor.unbind(1)
-        self.seeds = self._seeds.tensor
+        self.top_k, self.banned_until = parameters[:, 6:10].view(torch.int64).unbind(1)
+        self.seeds = parameters[:, 10:].view(torch.int64)
         self.bias_ids, self.bias_values = self._bias_ids.tensor, self._bias_values.tensor
         self.banned_ids = self._banned_ids.tensor
         # The kernels' to write.
@@ -72,7 +76,7 @@ class SlotTables:
         self.banned: dict[int, int] = {}  # slot: the length from which on nothing is banned
         for slot in range(size):
             self._write_neutral(slot)
-        for array in (self._floats, self._integers, self._banned_ids):
+        for array in (self._parameters, self._banned_ids):
             array.upload()
 
     def assign(self, assignments: Iterable[SlotAssignment]) -> None:
@@ -96,7 +100,7 @@ class SlotTables:
         """Makes what was written visible to the steps that are launched from now on."""
         for changed, arrays in (
             (self._changed_tables, (self._tables,)),
-            (self._changed_parameters, (self._floats, self._integers, self._seeds)),
+            (self._changed_parameters, (self._parameters,)),
             (self._changed_biases, (self._bias_ids, self._bias_values)),
             (self._changed_bans, (self._banned_ids,)),
         ):
@@ -119,15 +123,15 @@ class SlotTables:
 
     def _write_neutral(self, slot: int) -> None:
         """Greedy, with nothing that changes a logit."""
-        self._floats.host[slot] = (0, 1, 0, 1, 0, 0)
-        self._integers.host[slot] = 0
+        self._host_floats[slot] = (0, 1, 0, 1, 0, 0)
+        self._host_integers[slot] = 0
 
     def _assign_one(self, assignment: SlotAssignment) -> None:
         slot, sampling = assignment.slot, assignment.sampling
         self._tables.host[slot] = 0
         self._changed_tables.add(slot)
         self._changed_parameters.add(slot)
-        self._floats.host[slot] = (
+        self._host_floats[slot] = (
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
@@ -135,11 +139,11 @@ class SlotTables:
             sampling.presence_penalty,
             sampling.frequency_penalty,
         )
-        self._seeds.host[slot] = (assignment.seed & 0xFFFFFFFF, assignment.seed >> 32)
+        self._host_seeds[slot] = (assignment.seed & 0xFFFFFFFF, assignment.seed >> 32)
         banned_until, banned = assignment.banned_until or (0, ())
         if len(banned) > MAX_BANNED:
             raise ValueError(f"{len(banned)} tokens are banned in slot {slot}, at most {MAX_BANNED} can be")
-        self._integers.host[slot] = (sampling.top_k, banned_until if banned else 0)
+        self._host_integers[slot] = (sampling.top_k, banned_until if banned else 0)
         if banned or slot in self.banned:
             self._banned_ids.host[slot] = -1
             self._banned_ids.host[slot, : len(banned)] = banned

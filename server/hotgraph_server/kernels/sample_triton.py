@@ -32,7 +32,7 @@ class PlainSampling:
 
     Read by row: `row_slots` int64, where a slot that repeats keeps what any one of its rows makes of it; `context_lens` int32,
     the tokens that the sequence has, which is the position of the one that is sampled; `is_sampled` int64, 0 for no.
-    Read by slot: `temperature` float32 [S], maybe strided; `seeds` int64 [S, 2], low and high 32 bits, contiguous.
+    Read by slot: `temperature` float32 [S] and `seeds` int64 [S, 2], low and high 32 bits side by side, both maybe strided.
 
     Written by slot: `last_tokens` and `lengths`, int64 [S]. `values`: float32 [2, max_rows], of which row 0 takes each row's
     largest logit. `ring_ids` (int64 [D, 1 + max_rows]), `ring_values` (float32 [D, 2, max_rows]) and `counter` (int64 [1]) as
@@ -143,6 +143,7 @@ def sample_plain_triton(logits: torch.Tensor, step: PlainSampling, blocks: Block
         blocks.token_ids,
         blocks.number,
         TEMPERATURE_STRIDE=step.temperature.stride(0),
+        SEEDS_STRIDE=step.seeds.stride(0),
         VOCABULARY=vocabulary_size,
         NUM_BLOCKS=num_blocks,
         IS_GREEDY=is_greedy,
@@ -230,6 +231,7 @@ def _blocks_kernel(
     token_ids: tl.tensor,
     number: tl.tensor,
     TEMPERATURE_STRIDE: tl.constexpr,
+    SEEDS_STRIDE: tl.constexpr,
     VOCABULARY: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     IS_GREEDY: tl.constexpr,
@@ -249,8 +251,8 @@ def _blocks_kernel(
         # The noise is made while the logits are on their way.
         slot = tl.load(row_slots + row)
         divisor = tl.load(temperature + slot * TEMPERATURE_STRIDE)
-        low = tl.load(seeds + slot * 2).to(tl.uint32)
-        high = tl.load(seeds + slot * 2 + 1).to(tl.uint32)
+        low = tl.load(seeds + slot * SEEDS_STRIDE).to(tl.uint32)
+        high = tl.load(seeds + slot * SEEDS_STRIDE + 1).to(tl.uint32)
         position = tl.load(context_lens + row).to(tl.uint32)
         noise = tl.zeros([BLOCK], tl.float32)
         if divisor != 0.0:

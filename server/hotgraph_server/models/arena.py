@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hotgraph_server.kernels.tile_rows import SplitRoom, runs_on
 from hotgraph_server.models.shape import DecoderShape
 
 
@@ -25,6 +26,7 @@ class Activations:
     update: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
     gated: torch.Tensor | None = None
+    split_room: SplitRoom | None = None
 
 
 class DecoderArena:
@@ -51,12 +53,14 @@ class DecoderArena:
         self._last_hidden = room(max_rows, shape.hidden_size)
         self._last_attended = room(max_rows, shape.num_heads, shape.head_dim)
         self._logits = room(max_rows, shape.vocabulary_size, dtype=torch.float32)
+        # Of this arena alone: those of live steps and of what runs apart are used at the same time.
+        self._split_room = SplitRoom.for_outputs(shape.hidden_size, device) if runs_on(device) else None
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        rooms = {id(room): room.nbytes for room in vars(self).values()}
-        return sum(rooms.values())
+        rooms = [room for room in vars(self).values() if isinstance(room, torch.Tensor)]
+        return sum(room.nbytes for room in rooms) + (0 if self._split_room is None else self._split_room.num_bytes)
 
     def tokens(self, num_tokens: int) -> Activations:
         """For all tokens of a step."""
@@ -70,6 +74,7 @@ class DecoderArena:
             update=self._update[:num_tokens],
             gate_up=self._gate_up[:num_tokens],
             gated=self._gated[:num_tokens],
+            split_room=self._split_room,
         )
 
     def last_tokens(self, num_rows: int) -> Activations:
@@ -82,6 +87,7 @@ class DecoderArena:
             update=self._update[:num_rows],
             gate_up=self._gate_up[:num_rows],
             gated=self._gated[:num_rows],
+            split_room=self._split_room,
         )
 
     def logits(self, num_rows: int) -> torch.Tensor:

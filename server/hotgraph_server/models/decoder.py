@@ -17,12 +17,14 @@ from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.attention import AttentionPlan
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.tuning import NO_TUNINGS, TuningTable
+from hotgraph_server.models import few_rows_layers, tile_rows_layers
 from hotgraph_server.models.arena import Activations, DecoderArena
-from hotgraph_server.models.few_rows_layers import MAX_TOKENS, FewRowsLayers
+from hotgraph_server.models.few_rows_layers import FewRowsLayers
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
 from hotgraph_server.models.layers import Layer, LayerInputs, Layers
 from hotgraph_server.models.rotary import rotary
 from hotgraph_server.models.shape import Config, DecoderShape
+from hotgraph_server.models.tile_rows_layers import TileRowsLayers
 from hotgraph_server.models.weights import Linear, make_linear
 
 
@@ -64,6 +66,9 @@ class Decoder:
         self._few_rows_layers: FewRowsLayers | None = None
         if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
             self._few_rows_layers = FewRowsLayers(layers, rope_table.shape[1], tunings)
+        self._tile_rows_layers: TileRowsLayers | None = None
+        if TileRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
+            self._tile_rows_layers = TileRowsLayers(layers, rope_table.shape[1])
         self._embedding = embedding
         self._rope_table = rope_table
 
@@ -95,8 +100,9 @@ class Decoder:
     ) -> Decoder:
         """Takes the weights by their transformers names and keeps copies. `weights` may read lazily.
 
-        fuses_few_rows: whether short steps go through `FewRowsLayers`; None: where it is faster. On the CPU, for tests, that
-        takes weights which are not packed. tunings: how the products of short steps are cut up, for good.
+        fuses_few_rows: whether short steps go through `FewRowsLayers` and `TileRowsLayers`; None: where it is faster. On the
+        CPU, for tests, that takes weights which are not packed. tunings: how the products of the shortest steps are cut up, for
+        good.
         Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape.
         """
         shape = DecoderShape.from_config(config)
@@ -158,8 +164,10 @@ class Decoder:
 
     def _layers_for(self, num_tokens: int) -> Layers:
         """num_tokens: of a step, or its rows where padding rows make these more."""
-        if self._few_rows_layers is not None and num_tokens <= MAX_TOKENS:
+        if self._few_rows_layers is not None and num_tokens <= few_rows_layers.MAX_TOKENS:
             return self._few_rows_layers
+        if self._tile_rows_layers is not None and num_tokens <= tile_rows_layers.MAX_TOKENS:
+            return self._tile_rows_layers
         return self._layers
 
 

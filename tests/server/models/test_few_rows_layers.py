@@ -67,7 +67,8 @@ def arena_for(model: Decoder, name: str) -> DecoderArena:
     shape = DecoderShape.from_config(CONFIGS[name]())
     arena = DecoderArena(shape, max_tokens=170, max_rows=12, dtype=model.dtype, device=CPU)
     for room in vars(arena).values():
-        room.fill_(torch.nan)
+        if isinstance(room, torch.Tensor):
+            room.fill_(torch.nan)
     return arena
 
 
