@@ -18,7 +18,7 @@ from graphcache.errors import (
 )
 from graphcache.events import Event, EventType, Listener
 from graphcache.graph import TRANSITIONS, CaptureTimings, Graph, GraphInfo, GraphState, Priority, Segment
-from graphcache.interface import Backend, Captured, Program
+from graphcache.interface import Backend, Captured, NoTurns, Program, Turns
 from graphcache.ladder import Ladder
 from graphcache.ledger import BudgetInfo
 from graphcache.optimiser import SizeHistogram, choose_ladder, ladder_seconds
@@ -57,6 +57,7 @@ __all__ = [
     "LfuPolicy",
     "Listener",
     "LruPolicy",
+    "NoTurns",
     "Priority",
     "Profile",
     "ProfileEntry",
@@ -64,6 +65,7 @@ __all__ = [
     "Segment",
     "SizeHistogram",
     "SystemClock",
+    "Turns",
     "UnknownGraphError",
     "ValuePolicy",
     "choose_ladder",

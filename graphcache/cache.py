@@ -17,7 +17,7 @@ from graphcache.core import CacheCore
 from graphcache.errors import CacheClosedError, DeviceLostError, GraphStateError
 from graphcache.events import Event, EventType, Listener
 from graphcache.graph import Graph, GraphInfo, GraphState, Priority
-from graphcache.interface import Backend, Program
+from graphcache.interface import Backend, NoTurns, Program
 from graphcache.ledger import BudgetInfo
 from graphcache.policy import EvictionPolicy, ValuePolicy, make_policy
 from graphcache.profile import Profile, ProfileEntry
@@ -55,10 +55,7 @@ class GraphCache(Generic[K]):
         signal = Signal()
         self._core: CacheCore[K] = CacheCore(settings, policy or make_policy(settings.policy), clock, wake=signal.set)
         self._store = self._core.store
-        checkpoint = self._core.checkpoint if thread else _go_on
-        capturer: Capturer[K] = Capturer(
-            program, backend, clock, checkpoint=checkpoint, turn_seconds=self._core.pulse.turn_seconds
-        )
+        capturer: Capturer[K] = Capturer(program, backend, clock, self._core.turns if thread else NoTurns())
         self._task: CaptureTask[K] = CaptureTask(self._core, capturer, signal, shut_seconds=SHUT_SECONDS)
         self._worker = Worker(self._task, signal, is_threaded=thread)
         self._is_threaded = thread
@@ -397,7 +394,3 @@ class GraphCache(Generic[K]):
         """Brings what is about to be shown or changed up to date."""
         self._core.take_misses()
         self._store.settle()
-
-
-def _go_on() -> None:
-    """Without a capture thread there is nobody to be paused."""

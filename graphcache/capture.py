@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from graphcache.clock import Clock
 from graphcache.errors import CaptureError, DeviceLostError
 from graphcache.graph import Graph
-from graphcache.interface import Backend, Captured, Program, no_time
+from graphcache.interface import Backend, Captured, Program, Turns
 
 K = TypeVar("K", bound=Hashable)
 R = TypeVar("R")
@@ -43,21 +43,18 @@ class Capturer(Generic[K]):
         program: Program[K],
         backend: Backend,
         clock: Clock,
-        *,
-        checkpoint: Callable[[], None],
-        turn_seconds: Callable[[], float] = no_time,
+        turns: Turns,
     ) -> None:
         self._program = program
         self._backend = backend
         self._clock = clock
-        self._checkpoint = checkpoint
-        self._turn_seconds = turn_seconds
+        self._turns = turns
         self._is_started = False
 
     def open(self) -> None:
         """Starts the backend unless it is. Raises CaptureError; the next call tries again."""
         if not self._is_started:
-            self._guard("the backend did not start", lambda: self._backend.start(self._checkpoint, self._turn_seconds))
+            self._guard("the backend did not start", lambda: self._backend.start(self._turns))
             self._is_started = True
 
     def close(self) -> None:
@@ -73,7 +70,7 @@ class Capturer(Generic[K]):
         """Binds and captures. Raises CaptureError, and then holds nothing."""
         self.open()
         work = self._guard(f"binding {name} failed", lambda: self._program.bind(key))
-        self._checkpoint()
+        self._turns.wait()
         return self._guard(f"capturing {name} failed", lambda: self._backend.capture(name, work))
 
     def verify(self, key: K, name: str, captured: Captured) -> Verification | None:
@@ -94,7 +91,7 @@ class Capturer(Generic[K]):
         return self._compare(graph.key, graph.name, graph.replay)
 
     def _compare(self, key: K, name: str, replay: Callable[[], None]) -> Verification:
-        self._checkpoint()
+        self._turns.wait()
         started = self._clock.monotonic()
         verdict = self._guard(f"verifying {name} failed", lambda: self._verdict(key, replay))
         if verdict is False:

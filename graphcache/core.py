@@ -20,6 +20,7 @@ from graphcache.profile import Profile
 from graphcache.pulse import Pulse
 from graphcache.settings import CacheSettings
 from graphcache.store import GraphStore
+from graphcache.turns import CaptureTurns
 
 K = TypeVar("K", bound=Hashable)
 
@@ -49,6 +50,7 @@ class CacheCore(Generic[K]):
         self.governor = Governor(clock, settings.stall_budget_seconds)
         self.misses: deque[tuple[K, float | None, float]] = deque(maxlen=MAX_INBOX_MISSES)  # key, seconds, when
         self.pulse = Pulse(clock)
+        self.turns = CaptureTurns(self.governor, self.pulse, clock)
         self.is_closed = False  # nothing is queued any more
         self.capture_seconds = FIRST_CAPTURE_SECONDS  # running mean of whole captures
 
@@ -65,14 +67,6 @@ class CacheCore(Generic[K]):
     def is_serving(self) -> bool:
         """Whether captures hold somebody up."""
         return self.pulse.is_serving
-
-    def checkpoint(self) -> None:
-        """Returns when a capture may go on: not while captures are paused, and in turn with steps of those who are served."""
-        governor = self.governor
-        governor.wait_while_paused()
-        started = self.clock.monotonic()
-        self.pulse.take_turn()
-        governor.waited_seconds += self.clock.monotonic() - started
 
     def take_misses(self) -> None:
         """Counts the misses that came in and queues what they ask for."""

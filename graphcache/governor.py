@@ -51,7 +51,7 @@ class Governor:
         return not self._running.is_set()
 
     def pause(self) -> None:
-        """No capture starts, and one under way stops at its next checkpoint, until `resume`. Nothing after `release`."""
+        """No capture starts, and one under way stops at its next turn, until `resume`. Nothing after `release`."""
         if self._is_open:
             self._running.clear()
             if not self._is_open:  # released in between

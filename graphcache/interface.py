@@ -9,9 +9,36 @@ from typing import Protocol, TypeVar
 K_contra = TypeVar("K_contra", bound=Hashable, contravariant=True)
 
 
-def no_time() -> float:
-    """Every part is a turn of its own."""
-    return 0.0
+class Turns(Protocol):
+    """How the capture thread shares the host and the device with those who are served. Given to a backend."""
+
+    def wait(self) -> None:
+        """Between the phases of a capture, and between parts of what it runs: returns when the capture may go on.
+
+        It waits while captures are paused, and while others are served until their next step is launched.
+        """
+        ...
+
+    def device_seconds(self) -> float:
+        """How much of the device's time a part should take at most, as things are; 0: every part is a turn of its own."""
+        ...
+
+    def host_seconds(self) -> float:
+        """How long Python may run now before those who are served want the interpreter; infinite while nobody is."""
+        ...
+
+
+class NoTurns:
+    """Nobody else is served: never waits. Every part of what is run is one by itself."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def device_seconds(self) -> float:
+        return 0.0
+
+    def host_seconds(self) -> float:
+        return math.inf
 
 
 class Program(Protocol[K_contra]):
@@ -74,12 +101,10 @@ class Backend(Protocol):
         """Whether a replay could differ from the eager run at all."""
         ...
 
-    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
+    def start(self, turns: Turns) -> None:
         """Before the first capture: make streams, warm libraries on this thread. Raises CaptureError; tried again later.
 
-        Between the phases of a capture, and between parts of what it runs, the backend may call `checkpoint()`, which returns
-        when the capture may go on: it waits while captures are paused, and while others are served takes turns with their
-        steps. `turn_seconds()` is how much of the device's time a part should take at most, as things are.
+        From then on the backend may wait for its turn between the phases of a capture, and between parts of what it runs.
         """
         ...
 

@@ -1,20 +1,30 @@
-"""What those who are served are doing: whether steps are under way, and when one ends. The serving side tells it, lock-free."""
+"""What those who are served are doing: whether steps are under way, and when the host is quiet beside them. The serving side
+tells it, lock-free."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 
 from graphcache.clock import Clock
 
 IDLE_SECONDS = 0.25  # without a recorded step: nobody is being served, where only records tell
 BREAK_SECONDS = 0.02  # between the end of a step and the next launch, where launches are told too: serving goes on
-TURN_SHARE = 0.05  # of a step, that what runs beside it may take before it waits for the next
+TURN_SHARE = 0.05  # of a step, that what runs beside it may take of the device before it waits for the next
 IDLE_TURN_SECONDS = 1e-3  # of the device, at once, while nobody is served: whoever comes then waits for no more
+HANDOUT_SHARE = 0.15  # of a step, after a launch, in which results of the step before are still being handed out
+MAX_HANDOUT_SECONDS = 2e-3
+AHEAD_SHARE = 0.15  # of a step, before its end, from which on the interpreter is left to those who wait for it
+UNTOLD_HOST_SECONDS = 5e-4  # as long as the switch interval that is advised, so that nobody waits for much longer
 
 
 class Pulse:
     """Steps as they are launched, finished and recorded.
+
+    Around the end of a step the serving threads want the interpreter: one reads results, one plans, one launches. From soon
+    after that launch until shortly before the next end they sleep, and the host is quiet.
 
     `launched` is for one thread, `finished` for one, maybe another. Who never calls them is taken to serve for a while after
     each `recorded`, which is less exact.
@@ -24,9 +34,10 @@ class Pulse:
         self._monotonic = clock.monotonic
         self._is_told = False  # of launches
         self._launches: deque[float] = deque()  # times of those that are not over; its append and popleft are atomic
+        self._launch_monotonic = -math.inf  # of the newest
         self._last_monotonic: float | None = None  # of the newest end or record
         self._step_seconds = 0.0  # of the newest step, without the time it waited for the one before
-        self._ended: threading.Event | None = None  # of whoever waits
+        self._told: threading.Event | None = None  # of whoever waits: something happened
         self._turn_monotonic = 0.0  # when the capture thread last waited
 
     @property
@@ -37,7 +48,9 @@ class Pulse:
     def launched(self) -> None:
         """A step begins."""
         self._is_told = True
-        self._launches.append(self._monotonic())
+        self._launch_monotonic = now = self._monotonic()
+        self._launches.append(now)
+        self._tell()
 
     def finished(self) -> None:
         """The oldest step that was launched is over, or was given up."""
@@ -45,29 +58,61 @@ class Pulse:
         begin = self._launches[0]
         self._end(begin if last is None else max(begin, last))
         self._launches.popleft()
+        self._tell()
 
     def recorded(self, seconds: float | None) -> float:
         """A step was counted as a hit or a miss; returns the time. `seconds`: what it took, if that is known."""
         now = self._monotonic()
-        return now if self._is_told else self._end(None if seconds is None else now - seconds)
+        if self._is_told:
+            return now
+        self._end(None if seconds is None else now - seconds)
+        self._tell()
+        return now
 
     def take_turn(self) -> None:
         """For the capture thread, between parts of its work: returns when it may go on.
 
-        That is at once while nobody is served, or little time has passed since the last turn; else when a step has ended.
+        That is at once while nobody is served, or little time has passed since the last turn; else soon after another step is
+        launched, or, where only records tell, recorded.
         """
-        seconds = self._serving_seconds()
-        if not seconds or self._monotonic() - self._turn_monotonic < TURN_SHARE * self._step_seconds:
+        since = self._monotonic()
+        if not self._serving_seconds() or since - self._turn_monotonic < TURN_SHARE * self._step_seconds:
             return
-        ended = threading.Event()
-        self._ended = ended
-        ended.wait(seconds)
-        self._ended = None
+        told = threading.Event()
+        self._told = told
+        limit = since + IDLE_SECONDS  # whatever a step does, and whether or not its end is told
+        while not self._was_step_since(since):
+            seconds = min(self._serving_seconds(), limit - self._monotonic())
+            if seconds <= 0 or not told.wait(seconds):
+                break
+            told.clear()
+        self._told = None
+        if self._launch_monotonic > since:
+            time.sleep(min(HANDOUT_SHARE * self._step_seconds, MAX_HANDOUT_SECONDS))
         self._turn_monotonic = self._monotonic()
 
     def turn_seconds(self) -> float:
         """How much of the device's time what runs beside those who are served may take before it waits."""
         return TURN_SHARE * self._step_seconds if self.is_serving else IDLE_TURN_SECONDS
+
+    def quiet_seconds(self) -> float:
+        """How long the host stays quiet: infinite while nobody is served; 0 or less when the interpreter is wanted."""
+        if not self.is_serving:
+            return math.inf
+        now = self._monotonic()
+        if not self._is_told:
+            return self._turn_monotonic + UNTOLD_HOST_SECONDS - now
+        launched, last = self._launch_monotonic, self._last_monotonic
+        if last is not None and last >= launched:
+            return 0.0  # what follows is not launched yet
+        # The step under way began with the end of the one before, if it was launched ahead of that.
+        began = last if last is not None and len(self._launches) > 1 else launched
+        return began + (1 - AHEAD_SHARE) * self._step_seconds - now
+
+    def _was_step_since(self, moment: float) -> bool:
+        if self._is_told:
+            return self._launch_monotonic > moment
+        return self._last_monotonic is not None and self._last_monotonic > moment
 
     def _serving_seconds(self) -> float:
         """How long it will be taken that somebody is served, unless there is another step; 0 for nobody."""
@@ -78,11 +123,12 @@ class Pulse:
             return 0.0
         return max(0.0, last + (BREAK_SECONDS if self._is_told else IDLE_SECONDS) - self._monotonic())
 
-    def _end(self, begin: float | None) -> float:
+    def _end(self, begin: float | None) -> None:
         self._last_monotonic = now = self._monotonic()
         if begin is not None:
             self._step_seconds = now - begin
-        ended = self._ended
-        if ended is not None:
-            ended.set()
-        return now
+
+    def _tell(self) -> None:
+        told = self._told
+        if told is not None:
+            told.set()

@@ -94,6 +94,7 @@ async def measure(arguments: argparse.Namespace, report: Report, loaded: Loaded)
         infos = await service.warm(keys)
         report.check("every graph asked for was captured", is_passed=not failures(infos), detail=failures(infos))
         await service.settle()
+        service.engine.graphs.pause()  # tracing waits for the whole device, which must not happen beside a capture
         found: dict[str, Any] = {}
         for batch in arguments.batches:
             found[f"decode, batch {batch}"] = await _decode(service, arguments, batch, source)

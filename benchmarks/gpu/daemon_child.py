@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import signal
@@ -17,8 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import uvloop
-
 from benchmarks.gpu.models import make_loaded
 from benchmarks.gpu.report import device_of, dtype_of, make_parser, run_ahead_of
 from benchmarks.gpu.service import NumberTokenizer, make_settings
@@ -27,6 +24,7 @@ from hotgraph_client import Client, HotgraphError
 from hotgraph_server.config import ServerSettings, Settings
 from hotgraph_server.daemon import Parts, serve
 from hotgraph_server.engine import TorchEngine
+from hotgraph_server.threads import run_event_loop
 
 START_SECONDS = 180.0
 STOP_SECONDS = 30.0
@@ -47,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = TorchEngine(loaded, settings, clock=clock, run_ahead=run_ahead_of(arguments))
         return Parts(engine, NumberTokenizer(loaded.model.vocabulary_size), loaded.model_id)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings, build=build))
+    return int(run_event_loop(serve(settings, build=build)))
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import uvloop
 
 from benchmarks.gpu.models import Loaded
 from graphcache import Backend, GraphInfo, GraphState, Priority
@@ -32,6 +32,7 @@ from hotgraph_server.request import (
     TokensEvent,
 )
 from hotgraph_server.scheduler import Scheduler
+from hotgraph_server.threads import run_event_loop
 
 T = TypeVar("T")
 
@@ -213,11 +214,14 @@ async def serving(
     await engine.start()
     scheduler = Scheduler(engine, NumberTokenizer(engine.info.vocabulary_size), settings.scheduler)
     await scheduler.start()
+    gc.collect()
+    gc.freeze()  # as the daemon does
     try:
         yield Service(engine, scheduler)
     finally:
         await scheduler.close()
         await engine.close()
+        gc.unfreeze()
         del engine, scheduler
         if loaded.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -229,6 +233,5 @@ def failures(infos: Iterable[GraphInfo[StepKey]]) -> str:
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs it on the event loop that the daemon uses."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work())
+    """Runs it as the daemon runs."""
+    return run_event_loop(work())

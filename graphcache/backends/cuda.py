@@ -29,14 +29,12 @@ from graphcache.backends.cuda_sizes import ExecutableSizes
 from graphcache.backends.cuda_spares import Executable, Shape, Spares
 from graphcache.backends.cuda_torch import Torch, TorchDevice
 from graphcache.errors import CaptureError, DeviceLostError, GraphStateError
-from graphcache.interface import no_time
+from graphcache.interface import NoTurns, Turns
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("graphcache")
-
-RECORDING_TURN_SECONDS = 5e-4  # as long as the switch interval that is advised, so that nobody waits for much longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +118,9 @@ class CudaBackend:
         self._thread: int | None = None  # the capture thread's, from start to close
         self._capture_stream: int | None = None  # None: it could not be brought back after a failure, and is made anew
         self._warm_up_stream: int | None = None  # likewise
-        self._checkpoint: Callable[[], None] = lambda: None
-        self._turn_seconds = no_time
+        self._turns: Turns = NoTurns()
         self._part_seconds = 0.0  # of the part that is under way, about
-        self._recording_since: float | None = None  # when it began, or last went on
+        self._is_recording = False
         self._paused_seconds = 0.0  # of the recording that is under way
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
         self._spares = Spares(self._runtime, num_spare_execs)
@@ -152,10 +149,9 @@ class CudaBackend:
 
     # Its life.
 
-    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
+    def start(self, turns: Turns) -> None:
         """See Backend. Makes the streams and the pool, has cuBLAS allocate its workspaces, and waits for that."""
-        self._checkpoint = checkpoint
-        self._turn_seconds = turn_seconds
+        self._turns = turns
         try:
             self._torch.open()
             self._ensure_warm_up_stream()
@@ -215,12 +211,13 @@ class CudaBackend:
         What `work` reads must be complete on the device: this stream is behind no other.
         """
         self._check_thread()
+        self._turns.wait()
         try:
             stream = self._ensure_warm_up_stream()
 
             def end_part() -> None:
                 self._runtime.synchronize_stream(stream)
-                self._checkpoint()
+                self._turns.wait()
 
             with self._torch.on_stream(stream), self._parted(end_part):
                 work()
@@ -231,12 +228,13 @@ class CudaBackend:
     def rehearse(self, work: Callable[[], None]) -> None:
         """See Backend. On the warm-up stream, with its workspaces and memory of a pool of its own: it runs beside graphs."""
         self._check_thread()
+        self._turns.wait()
         try:
             stream = self._ensure_warm_up_stream()
 
             def end_part() -> None:
                 self._replay_part(stream)
-                self._checkpoint()
+                self._turns.wait()
                 self._runtime.begin_capture(stream)
 
             with self._torch.recording(stream, is_rehearsal=True), self._parted(end_part):
@@ -256,19 +254,17 @@ class CudaBackend:
             self._pause_recording()
             return
         self._part_seconds += seconds
-        if self._part_seconds + seconds > self._turn_seconds():
+        if self._part_seconds + seconds > self._turns.device_seconds():
             self._part_seconds = 0.0
             self._end_part()
 
     def _pause_recording(self) -> None:
-        """Recording is Python: whoever serves waits for the interpreter's lock beside it. So it stops now and then."""
-        since = self._recording_since
-        if since is None or perf_counter() - since < RECORDING_TURN_SECONDS:
+        """Recording is Python: whoever serves waits for the interpreter's lock beside it. So it stops when they want that."""
+        if not self._is_recording or self._turns.host_seconds() > 0:
             return
         paused = perf_counter()
-        self._checkpoint()
-        self._recording_since = perf_counter()
-        self._paused_seconds += self._recording_since - paused
+        self._turns.wait()
+        self._paused_seconds += perf_counter() - paused
 
     @contextmanager
     def _parted(self, end_part: Callable[[], None]) -> Iterator[None]:
@@ -295,8 +291,8 @@ class CudaBackend:
             self._runtime.destroy_graph(graph)
 
     def capture(self, name: str, work: Callable[[], None]) -> CudaCaptured:
-        """See Backend. Checkpoints lie between recording, instantiating and uploading, and in a recording where the work gives
-        way after half a millisecond; their time is not counted."""
+        """See Backend. It waits for its turn between recording, instantiating and uploading, and in a recording where the work
+        gives way; that time is not counted."""
         self._check_thread()
         try:
             self._ensure_capture_stream()
@@ -308,7 +304,7 @@ class CudaBackend:
             self._num_failures += 1
             self._fail("recording", error, name)
         try:
-            self._checkpoint()
+            self._turns.wait()
             executable, instantiate_seconds, is_update = self._launchable(graph)
         except Exception as error:
             self._num_failures += 1
@@ -340,14 +336,14 @@ class CudaBackend:
         with self._torch.recording(stream):
             try:
                 self._runtime.begin_capture(stream)
-                self._recording_since = perf_counter()
+                self._is_recording = True
                 work()
                 graph = self._runtime.end_capture(stream)
             except BaseException:
                 self._abandon_capture(stream)
                 raise
             finally:
-                self._recording_since = None
+                self._is_recording = False
         return graph
 
     def _abandon_capture(self, stream: int) -> None:
@@ -386,7 +382,7 @@ class CudaBackend:
                 handle = self._runtime.instantiate(graph)
                 seconds += perf_counter() - started
                 fallen_bytes = before - self._unaccounted_bytes()
-            self._checkpoint()
+            self._turns.wait()
             before = self._unaccounted_bytes()
             started = perf_counter()
             self._runtime.upload(handle, stream)

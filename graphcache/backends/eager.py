@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from graphcache.errors import GraphStateError
-from graphcache.interface import no_time
+from graphcache.interface import Turns
 
 
 class EagerCaptured:
@@ -38,7 +38,7 @@ class EagerBackend:
     def __init__(self, size_bytes: Callable[[str], int] | None = None) -> None:
         self._size_bytes = size_bytes
 
-    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
+    def start(self, turns: Turns) -> None:
         """Nothing to prepare."""
 
     def capture(self, name: str, work: Callable[[], None]) -> EagerCaptured:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 
 from graphcache.clock import Clock, FakeClock, SystemClock
 from graphcache.errors import CaptureError, GraphStateError
-from graphcache.interface import no_time
+from graphcache.interface import NoTurns, Turns
 
 GATE_DEADLINE_SECONDS = 30.0
 
@@ -82,12 +82,12 @@ class FakeBackend:
         self.num_replays: Counter[str] = Counter()
         self.live: list[FakeCaptured] = []  # captured and not destroyed
         self._thread: int | None = None
-        self._checkpoint: Callable[[], None] = lambda: None
+        self._turns: Turns = NoTurns()
 
-    def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
+    def start(self, turns: Turns) -> None:
         self.num_starts += 1
         self._thread = threading.get_ident()
-        self._checkpoint = checkpoint
+        self._turns = turns
 
     def capture(self, name: str, work: Callable[[], None]) -> FakeCaptured:
         self._check_thread()
@@ -96,7 +96,7 @@ class FakeBackend:
         spend(self.clock, self.record_seconds)
         if name in self.failures:
             raise CaptureError(self.failures[name])
-        self._checkpoint()
+        self._turns.wait()
         spend(self.clock, self.instantiate_seconds)
         captured = FakeCaptured(self, name, work, self.sizes.get(name, self.size_bytes))
         self.num_captures[name] += 1

@@ -13,14 +13,11 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import uvloop
 
 from graphcache import CacheSettings, Clock, Profile, SystemClock
 from hotgraph_server.batch import StepKey
@@ -39,7 +36,7 @@ from hotgraph_server.rpc.graph import fitting_profile
 from hotgraph_server.rpc.watch import EventHub
 from hotgraph_server.scheduler import Scheduler
 from hotgraph_server.text import ByteTokenizer, Tokenizer
-from hotgraph_server.threads import in_daemon_thread
+from hotgraph_server.threads import in_daemon_thread, run_event_loop
 
 __all__ = ["TRANSITIONS", "Daemon", "DaemonState", "ExitStatus", "Parts", "build_parts", "run", "serve"]
 
@@ -52,8 +49,6 @@ LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once eve
 CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
 PROFILE_ENTRIES: Final = 1000
-# How long a thread that computes in Python may keep the others waiting: captures record in one, beside those that serve.
-SWITCH_INTERVAL_SECONDS: Final = 0.0005
 
 
 class ExitStatus(enum.IntEnum):
@@ -365,6 +360,4 @@ async def serve(settings: Settings, *, build: BuildParts = build_parts) -> int:
 
 def run(settings: Settings) -> int:
     """`serve` on an event loop of its own, which is the only one of the process that uses gRPC."""
-    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings))
+    return run_event_loop(serve(settings))

@@ -7,26 +7,24 @@ from collections.abc import Callable
 
 import pytest
 
-from graphcache import CaptureError, DeviceLostError, EagerBackend, FakeBackend, FakeClock, FakeProgram
+from graphcache import CaptureError, DeviceLostError, EagerBackend, FakeBackend, FakeClock, FakeProgram, NoTurns, Turns
 from graphcache.capture import Capturer, MismatchError, Verification
-from graphcache.interface import no_time
+from tests.graphcache.turns import GivenTurns
 
 
 def make_capturer(program: FakeProgram, backend: FakeBackend, clock: FakeClock) -> tuple[Capturer[str], list[str]]:
-    checkpoints: list[str] = []
-    return Capturer(program, backend, clock, checkpoint=lambda: checkpoints.append("checkpoint")), checkpoints
+    waits: list[str] = []
+    return Capturer(program, backend, clock, GivenTurns(lambda: waits.append("wait"))), waits
 
 
-def test_phases_run_in_order_with_checkpoints_between(
-    program: FakeProgram, backend: FakeBackend, clock: FakeClock
-) -> None:
+def test_phases_run_in_order_with_turns_between(program: FakeProgram, backend: FakeBackend, clock: FakeClock) -> None:
     """The backend is started once, and between binding, recording, instantiating and verifying a capture can pause."""
-    capturer, checkpoints = make_capturer(program, backend, clock)
+    capturer, waits = make_capturer(program, backend, clock)
     program.verify_seconds = 0.5
     captured = capturer.capture("a", "a")
-    assert len(checkpoints) == 2
+    assert len(waits) == 2
     assert capturer.verify("a", "a", captured) == Verification(0.5, is_replayed=True)
-    assert len(checkpoints) == 3
+    assert len(waits) == 3
     capturer.capture("b", "b")
     assert backend.num_starts == 1
     assert program.num_runs["a"] == 1  # by the verification only
@@ -104,8 +102,8 @@ def test_a_backend_that_did_not_start_is_tried_again(program: FakeProgram, clock
     """A failed start fails the capture; the next capture starts the backend again."""
 
     class ShyBackend(FakeBackend):
-        def start(self, checkpoint: Callable[[], None], turn_seconds: Callable[[], float] = no_time) -> None:
-            super().start(checkpoint, turn_seconds)
+        def start(self, turns: Turns) -> None:
+            super().start(turns)
             if self.num_starts == 1:
                 raise RuntimeError("no device yet")
 
@@ -123,7 +121,7 @@ def test_a_backend_that_did_not_start_is_tried_again(program: FakeProgram, clock
 
 def test_nothing_is_verified_that_cannot_differ(program: FakeProgram, clock: FakeClock) -> None:
     """A backend whose replay is the eager run needs no verification, and none runs."""
-    capturer: Capturer[str] = Capturer(program, EagerBackend(), clock, checkpoint=lambda: None)
+    capturer: Capturer[str] = Capturer(program, EagerBackend(), clock, NoTurns())
     captured = capturer.capture("a", "a")
     assert capturer.verify("a", "a", captured) is None
     assert program.num_runs["a"] == 0

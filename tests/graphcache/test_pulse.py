@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -9,7 +10,17 @@ import pytest
 
 from graphcache import FakeClock, SystemClock
 from graphcache import pulse as pulse_module
-from graphcache.pulse import BREAK_SECONDS, IDLE_SECONDS, IDLE_TURN_SECONDS, TURN_SHARE, Pulse
+from graphcache.pulse import (
+    AHEAD_SHARE,
+    BREAK_SECONDS,
+    HANDOUT_SHARE,
+    IDLE_SECONDS,
+    IDLE_TURN_SECONDS,
+    MAX_HANDOUT_SECONDS,
+    TURN_SHARE,
+    UNTOLD_HOST_SECONDS,
+    Pulse,
+)
 
 
 def test_a_step_under_way_is_served_for_as_long_as_it_takes() -> None:
@@ -59,33 +70,81 @@ def test_nobody_waits_while_nobody_is_served() -> None:
     pulse.take_turn()
 
 
-def test_a_wait_ends_with_the_next_step() -> None:
-    """Beside steps the wait goes on until one ends, however it is told, and no longer."""
-    for is_launched in (True, False):
-        pulse = Pulse(SystemClock())
-        if is_launched:
-            pulse.launched()
-        else:
-            pulse.recorded(0.1)
+def test_a_wait_ends_with_the_next_launch() -> None:
+    """Beside steps the wait goes on until another is launched, not with the end of one, nor with a record of one."""
+    pulse = Pulse(SystemClock())
+    pulse.launched()
+    pulse.launched()
+    waits = threading.Thread(target=pulse.take_turn)
+    waits.start()
+    waits.join(0.02)
+    assert waits.is_alive()
+    pulse.finished()
+    pulse.recorded(0.1)
+    waits.join(0.02)
+    assert waits.is_alive()
+    pulse.launched()
+    waits.join(IDLE_SECONDS / 2)
+    assert not waits.is_alive()
+
+
+def test_a_wait_ends_with_a_record_where_only_records_tell() -> None:
+    """Who never tells of launches has the wait go on until the next record."""
+    pulse = Pulse(SystemClock())
+    pulse.recorded(0.1)
+    waits = threading.Thread(target=pulse.take_turn)
+    waits.start()
+    waits.join(0.02)
+    assert waits.is_alive()
+    pulse.recorded(0.1)
+    waits.join(IDLE_SECONDS / 2)
+    assert not waits.is_alive()
+
+
+def test_results_are_handed_out_before_a_turn_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the launch a turn waits for a share of a step, up to a limit; not where nothing was launched."""
+    slept: list[float] = []
+    monkeypatch.setattr("graphcache.pulse.time.sleep", slept.append)
+    for step_seconds in (4e-3, 1.0):
+        clock = FakeClock()
+        pulse = Pulse(clock)
+        pulse.launched()
+        clock.advance(step_seconds)
+        pulse.launched()
+        pulse.finished()
+        clock.advance(step_seconds / 2)
         waits = threading.Thread(target=pulse.take_turn)
         waits.start()
-        waits.join(0.02)
-        assert waits.is_alive()
-        pulse.finished() if is_launched else pulse.recorded(0.1)
-        waits.join(IDLE_SECONDS / 2)
+        while pulse._told is None:
+            waits.join(0.001)
+        clock.advance(1e-6)
+        pulse.launched()
+        waits.join(IDLE_SECONDS)
         assert not waits.is_alive()
+        assert slept.pop() == pytest.approx(min(HANDOUT_SHARE * step_seconds, MAX_HANDOUT_SECONDS))
+        pulse.finished()
+        pulse.finished()
+        clock.advance(BREAK_SECONDS * 0.9)
+        pulse._turn_monotonic = -math.inf
+        pulse.take_turn()  # a break in which nothing is launched
+        assert not slept
 
 
 def test_a_wait_in_a_break_is_as_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the last step has ended and none follows, the wait is over with the break that serving may take."""
+    """When the last step ends while it is waited for, and none follows, the wait is over with the break that serving may
+    take."""
     monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 60.0)
-    pulse = Pulse(SystemClock())
-    pulse.launched()
-    pulse.finished()
-    begin = time.monotonic()
-    pulse.take_turn()
-    assert time.monotonic() - begin < 10.0
-    assert not pulse.is_serving
+    for is_under_way in (False, True):
+        pulse = Pulse(SystemClock())
+        pulse.launched()
+        if is_under_way:
+            threading.Timer(0.01, pulse.finished).start()
+        else:
+            pulse.finished()
+        begin = time.monotonic()
+        pulse.take_turn()
+        assert time.monotonic() - begin < 10.0
+        assert not pulse.is_serving
 
 
 def test_a_long_step_is_not_waited_for_for_ever() -> None:
@@ -159,3 +218,50 @@ def test_a_record_without_a_time_says_nothing_of_steps() -> None:
     pulse.recorded(None)
     assert pulse.is_serving
     assert pulse.turn_seconds() == pytest.approx(TURN_SHARE * 0.5)
+
+
+def test_the_host_is_quiet_from_a_launch_to_shortly_before_the_next_end() -> None:
+    """With steps launched ahead, each begins when the one before ends; between an end and the next launch there is no quiet."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    assert pulse.quiet_seconds() == math.inf
+    pulse.launched()
+    clock.advance(0.1)
+    pulse.launched()
+    clock.advance(0.9)
+    pulse.finished()  # a step of a second
+    assert pulse.quiet_seconds() == 0.0
+    clock.advance(0.1)
+    pulse.launched()
+    clock.advance(0.1)
+    assert pulse.quiet_seconds() == pytest.approx(1 - AHEAD_SHARE - 0.2)
+    clock.advance(1.0)
+    assert pulse.quiet_seconds() < 0
+    pulse.finished()
+    pulse.finished()
+    assert pulse.quiet_seconds() == 0.0
+    clock.advance(BREAK_SECONDS * 1.1)
+    assert pulse.quiet_seconds() == math.inf
+
+
+def test_a_lone_launch_is_quiet_from_itself_on() -> None:
+    """Without a step under way before it, a step begins with its launch."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.launched()
+    clock.advance(1.0)
+    pulse.finished()
+    clock.advance(100.0)
+    pulse.launched()
+    assert pulse.quiet_seconds() == pytest.approx(1 - AHEAD_SHARE)
+
+
+def test_where_only_records_tell_quiet_is_short() -> None:
+    """Nothing is known of ends then: the host may be taken for a fixed short time after each turn."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    pulse.recorded(0.1)
+    pulse._turn_monotonic = clock.monotonic()
+    assert pulse.quiet_seconds() == pytest.approx(UNTOLD_HOST_SECONDS)
+    clock.advance(UNTOLD_HOST_SECONDS * 2)
+    assert pulse.quiet_seconds() < 0

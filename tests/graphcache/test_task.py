@@ -26,6 +26,7 @@ from graphcache import (
 )
 from graphcache.store import FIRST_PUT_OFF_SECONDS
 from graphcache.task import IDLE_LOOK_SECONDS, MAX_SECOND_FAILURES
+from tests.graphcache.turns import GivenTurns
 
 MakeCache = Callable[..., GraphCache[str]]
 
@@ -263,7 +264,7 @@ def test_a_pause_is_not_charged(make_cache: MakeCache, backend: FakeBackend, clo
         clock.advance(600.0)
         governor.waited_seconds += 600.0
 
-    backend.start(stand_still)  # its checkpoints take that long from now on
+    backend.start(GivenTurns(stand_still))  # its waits take that long from now on
     cache.record_miss("a", 0.1)
     assert cache.run_pending() == 1
     cache.record_miss("b", 0.1)

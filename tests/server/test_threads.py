@@ -1,4 +1,4 @@
-"""Tests of threads.py: blocking work beside the loop."""
+"""Tests of threads.py: the loop, and blocking work beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from hotgraph_server.threads import in_daemon_thread
+from hotgraph_server.threads import SWITCH_INTERVAL_SECONDS, in_daemon_thread, run_event_loop
 
 
 async def test_it_gives_what_the_work_gives() -> None:
@@ -42,6 +42,21 @@ async def test_who_waits_no_more_is_not_told() -> None:
     gate.set()
     assert ended.wait(10)
     await asyncio.sleep(0.05)
+
+
+def test_a_loop_of_its_own_has_threads_take_turns_often() -> None:
+    """The coroutine's result comes back from a uvloop, in an interpreter whose threads wait little for each other."""
+
+    async def main() -> tuple[str, float]:
+        return type(asyncio.get_running_loop()).__module__, sys.getswitchinterval()
+
+    before = sys.getswitchinterval()
+    try:
+        module, seconds = run_event_loop(main())
+    finally:
+        sys.setswitchinterval(before)
+    assert module.startswith("uvloop")
+    assert seconds == pytest.approx(SWITCH_INTERVAL_SECONDS)
 
 
 PROGRAM = """

@@ -8,11 +8,21 @@ from collections.abc import Callable
 
 import pytest
 
-from graphcache import CacheSettings, CaptureError, DeviceLostError, FakeClock, GraphCache, GraphState, GraphStateError
+from graphcache import (
+    CacheSettings,
+    CaptureError,
+    DeviceLostError,
+    FakeClock,
+    GraphCache,
+    GraphState,
+    GraphStateError,
+    NoTurns,
+)
 from graphcache.backends import cuda
 from graphcache.backends.cuda import CudaBackend, CudaCaptured
 from graphcache.backends.cuda_runtime import CudaCallError
 from tests.graphcache.backends.cuda_fakes import BROKEN, LOST, NO_MEMORY, FakeRuntime, FakeTorch, OutOfMemoryError
+from tests.graphcache.turns import GivenTurns
 
 MIB = 1 << 20
 
@@ -32,7 +42,7 @@ class Rig:
         self.ran: list[str] = []
 
     def start(self) -> Rig:
-        self.backend.start(lambda: self.runtime.calls.append("checkpoint"))
+        self.backend.start(GivenTurns(lambda: self.runtime.calls.append("wait")))
         self.runtime.calls.clear()
         return self
 
@@ -69,7 +79,7 @@ def test_a_start_warms_the_capture_stream_and_waits_for_it_alone() -> None:
     """Libraries are warmed on the capture stream, ours and the caller's, outside any capture, and it is waited for."""
     warmed: list[int] = []
     made = Rig(library_warm_up=lambda: warmed.append(made.runtime.current))
-    made.backend.start(lambda: None)
+    made.backend.start(NoTurns())
     assert warmed == made.torch.warm_streams
     stream = warmed[0]
     assert made.runtime.calls == [
@@ -83,7 +93,7 @@ def test_a_start_warms_the_capture_stream_and_waits_for_it_alone() -> None:
 
 
 def test_a_capture_runs_nothing_and_goes_through_its_phases_in_order(rig: Rig) -> None:
-    """The pool is on before the capture begins and until after it ended; checkpoints lie between the phases; the template
+    """The pool is on before the capture begins and until after it ended; it waits for its turn between the phases; the template
     is destroyed at once; nothing runs before the replay."""
     captured = rig.capture("a", "x", "y")
     assert rig.ran == []
@@ -94,9 +104,9 @@ def test_a_capture_runs_nothing_and_goes_through_its_phases_in_order(rig: Rig) -
         f"begin_capture {stream}",
         f"end_capture {stream}",
         "pool off",
-        "checkpoint",
+        "wait",
         "instantiate",
-        "checkpoint",
+        "wait",
         f"upload {executable}",
         f"synchronize_stream {stream}",
         "destroy_graph",
@@ -273,15 +283,15 @@ def test_a_spare_that_failed_after_its_update_is_not_kept(rig: Rig) -> None:
     assert rig.backend.stats().num_spares == 0
 
 
-def test_a_checkpoint_that_raises_leaves_nothing(rig: Rig) -> None:
+def test_a_wait_that_raises_leaves_nothing(rig: Rig) -> None:
     """Also what others do between the phases leaves nothing behind when it fails."""
     failures = [RuntimeError("stop")]
 
-    def checkpoint() -> None:
+    def fail() -> None:
         if failures:
             raise failures.pop()
 
-    rig.backend.start(checkpoint)
+    rig.backend.start(GivenTurns(fail))
     with pytest.raises(CaptureError, match="instantiating raised RuntimeError"):
         rig.capture("a")
     assert rig.runtime.executables == {}
@@ -335,7 +345,7 @@ def test_warm_up_runs_on_the_other_stream_and_waits_for_it(rig: Rig) -> None:
     streams: list[int] = []
     rig.backend.warm_up(lambda: streams.append(rig.runtime.current))
     assert streams[0] not in rig.torch.warm_streams
-    assert rig.runtime.calls == [f"synchronize_stream {streams[0]}"]
+    assert rig.runtime.calls == ["wait", f"synchronize_stream {streams[0]}"]
 
     def fails(error: Exception) -> None:
         raise error
@@ -368,7 +378,7 @@ def test_a_failed_start_leaves_nothing_and_can_be_tried_again() -> None:
     rig.runtime.failures["synchronize_stream"] = [CudaCallError("synchronize_stream", 1, "cudaErrorInvalidValue")]
     before = set(rig.runtime.streams)
     with pytest.raises(CaptureError, match="cudaErrorInvalidValue"):
-        rig.backend.start(lambda: None)
+        rig.backend.start(NoTurns())
     assert set(rig.runtime.streams) == before
     assert rig.runtime.calls[-1] == "close"
     with pytest.raises(GraphStateError, match="not started"):
@@ -388,42 +398,47 @@ def test_a_warm_up_gives_way_between_its_parts(rig: Rig) -> None:
 
     rig.backend.warm_up(work)
     stream = int(rig.runtime.calls[-1].split()[1])
-    assert rig.runtime.calls == ["a part", f"synchronize_stream {stream}", "checkpoint", f"synchronize_stream {stream}"]
+    synchronize = f"synchronize_stream {stream}"
+    assert rig.runtime.calls == ["wait", "a part", synchronize, "wait", synchronize]
     assert rig.ran == ["a k", "b k"]
     assert stream not in rig.torch.warm_streams
     rig.runtime.calls.clear()
     rig.backend.give_way()
     assert rig.runtime.calls == []
     rig.backend.capture("c", work).replay()
-    assert rig.runtime.calls.count("checkpoint") == 2  # those between its phases
+    assert rig.runtime.calls.count("wait") == 2  # those between its phases
 
 
 def test_recording_stands_still_now_and_then(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After half a millisecond of recording there is a checkpoint where the work gives way, whose time does not count."""
+    """Once the interpreter is wanted, recording waits for its turn where the work gives way; that time does not count."""
     now = 0.0
     monkeypatch.setattr(cuda, "perf_counter", lambda: now)
 
-    def checkpoint() -> None:
+    def wait() -> None:
         nonlocal now
         now += 100.0
-        rig.runtime.calls.append("checkpoint")
+        rig.runtime.calls.append("wait")
+        turns.host = 1.0
+
+    turns = GivenTurns(wait, host=1.0)
 
     def work() -> None:
         nonlocal now
         for _ in range(6):
             rig.work("a")()
-            now += 0.6 * cuda.RECORDING_TURN_SECONDS
+            now += 0.6
+            turns.host -= 0.6
             rig.backend.give_way(1e-6)
 
     rig.backend.close()
-    rig.backend.start(checkpoint)
+    rig.backend.start(turns)
     rig.runtime.calls.clear()
     captured = rig.backend.capture("a", work)
     recording = rig.runtime.calls[
         : next(i for i, call in enumerate(rig.runtime.calls) if call.startswith("end_capture"))
     ]
-    assert recording.count("checkpoint") == 3
-    assert captured.record_seconds == pytest.approx(6 * 0.6 * cuda.RECORDING_TURN_SECONDS)
+    assert recording.count("wait") == 3
+    assert captured.record_seconds == pytest.approx(6 * 0.6)
     rig.runtime.calls.clear()
     now += 1.0
     rig.backend.give_way()  # nothing is being recorded
@@ -432,25 +447,24 @@ def test_recording_stands_still_now_and_then(rig: Rig, monkeypatch: pytest.Monke
 
 def test_parts_that_take_little_are_one(rig: Rig) -> None:
     """Work is cut where with as much again it would take more than a turn's time, as that is then."""
-    turn_seconds = 0.5
+    turns = GivenTurns(lambda: rig.runtime.calls.append("wait"), device=0.5)
     rig.backend.close()
-    rig.backend.start(lambda: rig.runtime.calls.append("checkpoint"), lambda: turn_seconds)
+    rig.backend.start(turns)
     rig.runtime.calls.clear()
     cuts: list[int] = []
 
     def work() -> None:
-        nonlocal turn_seconds
         for index in range(12):
             if index == 6:
-                turn_seconds = 0.25
+                turns.device = 0.25
             rig.work("a")()
-            before = rig.runtime.calls.count("checkpoint")
+            before = rig.runtime.calls.count("wait")
             rig.backend.give_way(0.125)
-            if rig.runtime.calls.count("checkpoint") > before:
+            if rig.runtime.calls.count("wait") > before:
                 cuts.append(index)
 
     for run_apart in (rig.backend.warm_up, rig.backend.rehearse):
-        turn_seconds = 0.5
+        turns.device = 0.5
         cuts.clear()
         run_apart(work)
         assert cuts == [3, 6, 8, 10]
@@ -479,8 +493,9 @@ def test_a_rehearsal_replays_what_it_records_part_by_part(rig: Rig) -> None:
     assert len(begun) == 3
     assert len(set(begun)) == 1
     assert int(begun[0].split()[1]) not in rig.torch.warm_streams
-    assert rig.runtime.calls.count("checkpoint") == 2
-    assert (rig.runtime.calls[0], rig.runtime.calls[-1]) == ("rehearsal pool on", "rehearsal pool off")
+    assert rig.runtime.calls.count("wait") == 3  # before each part
+    assert rig.runtime.calls[:2] == ["wait", "rehearsal pool on"]
+    assert rig.runtime.calls[-1] == "rehearsal pool off"
     assert rig.torch.pool_bytes() == pool_bytes
     assert len(rig.runtime.executables) == 1
     live.replay()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from graphcache import EagerBackend, GraphStateError
+from graphcache import EagerBackend, GraphStateError, NoTurns
 
 
 def test_a_replay_runs_the_work() -> None:
     """Capturing runs nothing; every replay runs the work once."""
     runs: list[int] = []
     backend = EagerBackend()
-    backend.start(lambda: None)
+    backend.start(NoTurns())
     captured = backend.capture("a", lambda: runs.append(1))
     assert runs == []
     captured.replay()
