@@ -1,7 +1,8 @@
 """The cache as its users see it. What it knows is in `core` and `store`; what its thread does is in `task`.
 
-For the serving side, and without a lock, are `lookup`, `acquire`, `record_hit`, `record_miss`, `step_launched` and
-`step_finished`. The others are for everyone else, from any thread, and take the cache's lock for a short while.
+For the serving side, and without a lock, are `lookup`, `acquire`, `record_hit`, `record_miss`, `step_launching`,
+`step_launched` and `step_finished`. The others are for everyone else, from any thread, and take the cache's lock for a short
+while.
 """
 
 from __future__ import annotations
@@ -110,11 +111,19 @@ class GraphCache(Generic[K]):
         if entry is None or entry.wants_capture(now):
             self._wake()
 
-    def step_launched(self) -> None:
-        """A step begins, whatever it runs with. Told of this and of `step_finished`, captures take turns with steps.
+    def step_launching(self) -> None:
+        """A step begins, whatever it runs with: to be called before anything of it is put on the device.
 
-        One thread launches and one, maybe another, finishes. Without either, captures go by the records, less exactly.
+        Told of this, of `step_launched` and of `step_finished`, captures take turns with steps, and what they run on the
+        device goes between steps. One thread launches, all steps on one stream, and one, maybe another, finishes. Without
+        these calls captures go by the records, less exactly. Raises what the backend raises when the device is lost.
         """
+        self._pulse.launching()
+        self.backend.before_step()
+
+    def step_launched(self) -> None:
+        """All of the step is put on the device."""
+        self.backend.after_step()
         self._pulse.launched()
 
     def step_finished(self) -> None:

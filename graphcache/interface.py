@@ -140,6 +140,18 @@ class Backend(Protocol):
         """
         ...
 
+    def before_step(self) -> None:
+        """A step is about to be put on the device. On the serving thread, on the stream of its steps; must be cheap.
+
+        With `after_step`, a backend may let parts of `warm_up` and `rehearse` in between steps: two that share the device
+        slow each other down by more than either takes.
+        """
+        ...
+
+    def after_step(self) -> None:
+        """All of that step is on the device's queue. Likewise."""
+        ...
+
     def close(self) -> None:
         """After the last destroy. Called only if `start` succeeded."""
         ...

@@ -12,7 +12,7 @@ from graphcache.clock import Clock
 
 IDLE_SECONDS = 0.25  # without a recorded step: nobody is being served, where only records tell
 BREAK_SECONDS = 0.02  # between the end of a step and the next launch, where launches are told too: serving goes on
-TURN_SHARE = 0.05  # of a step, that what runs beside it may take of the device before it waits for the next
+TURN_SHARE = 0.05  # of a step, that what runs before the next may take of the device
 IDLE_TURN_SECONDS = 1e-3  # of the device, at once, while nobody is served: whoever comes then waits for no more
 HANDOUT_SHARE = 0.15  # of a step, after a launch, in which results of the step before are still being handed out
 MAX_HANDOUT_SECONDS = 2e-3
@@ -26,8 +26,8 @@ class Pulse:
     Around the end of a step the serving threads want the interpreter: one reads results, one plans, one launches. From soon
     after that launch until shortly before the next end they sleep, and the host is quiet.
 
-    `launched` is for one thread, `finished` for one, maybe another. Who never calls them is taken to serve for a while after
-    each `recorded`, which is less exact.
+    `launching` and `launched` are for one thread, `finished` is for one, maybe another. Who never calls them is taken to serve
+    for a while after each `recorded`, which is less exact.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -45,11 +45,14 @@ class Pulse:
         """Whether a step is under way, or was just now."""
         return self._serving_seconds() > 0
 
-    def launched(self) -> None:
+    def launching(self) -> None:
         """A step begins."""
         self._is_told = True
-        self._launch_monotonic = now = self._monotonic()
-        self._launches.append(now)
+        self._launches.append(self._monotonic())
+
+    def launched(self) -> None:
+        """Whoever launches has done so, and sleeps soon."""
+        self._launch_monotonic = self._monotonic()
         self._tell()
 
     def finished(self) -> None:
@@ -72,11 +75,10 @@ class Pulse:
     def take_turn(self) -> None:
         """For the capture thread, between parts of its work: returns when it may go on.
 
-        That is at once while nobody is served, or little time has passed since the last turn; else soon after another step is
-        launched, or, where only records tell, recorded.
+        That is at once while nobody is served; else soon after another step is launched, or, where only records tell, recorded.
         """
         since = self._monotonic()
-        if not self._serving_seconds() or since - self._turn_monotonic < TURN_SHARE * self._step_seconds:
+        if not self._serving_seconds():
             return
         told = threading.Event()
         self._told = told

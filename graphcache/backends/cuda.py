@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, NoReturn
 
+from graphcache.backends.cuda_gap import StepGap
 from graphcache.backends.cuda_runtime import OUT_OF_MEMORY, CudaCallError, CudaRuntime, Runtime
 from graphcache.backends.cuda_sizes import ExecutableSizes
 from graphcache.backends.cuda_spares import Executable, Shape, Spares
@@ -125,6 +126,7 @@ class CudaBackend:
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
         self._spares = Spares(self._runtime, num_spare_execs)
         self._sizes = ExecutableSizes()
+        self._gap = StepGap(self._runtime)
         self._num_updates = 0
         self._num_instantiates = 0
         self._num_failures = 0
@@ -154,6 +156,7 @@ class CudaBackend:
         self._turns = turns
         try:
             self._torch.open()
+            self._gap.open(self._torch.current_stream())
             self._ensure_warm_up_stream()
             self._ensure_capture_stream()
         except Exception as error:
@@ -174,6 +177,8 @@ class CudaBackend:
                 self._runtime.synchronize_stream(self._warm_up_stream)
         except CudaCallError:
             self._torch.keep_pool()  # on a lost device, which nobody may have noticed yet, giving it back would abort
+        for event in self._gap.close():
+            self._leave("an event", self._runtime.destroy_event, event)
         for spare in self._spares.clear():
             self._leave("an executable", self._runtime.destroy_executable, spare.handle)
         for stream in (self._capture_stream, self._warm_up_stream):
@@ -203,6 +208,16 @@ class CudaBackend:
             self._capture_stream = stream
         return self._capture_stream
 
+    # Those who are served.
+
+    def before_step(self) -> None:
+        """See Backend."""
+        self._gap.before_step()
+
+    def after_step(self) -> None:
+        """See Backend."""
+        self._gap.after_step()
+
     # Its work.
 
     def warm_up(self, work: Callable[[], None]) -> None:
@@ -211,32 +226,32 @@ class CudaBackend:
         What `work` reads must be complete on the device: this stream is behind no other.
         """
         self._check_thread()
-        self._turns.wait()
         try:
             stream = self._ensure_warm_up_stream()
 
             def end_part() -> None:
-                self._runtime.synchronize_stream(stream)
-                self._turns.wait()
+                self._finish_part(stream)
+                self._gap.enter(stream, self._turns.wait)
 
+            self._gap.enter(stream, self._turns.wait)
             with self._torch.on_stream(stream), self._parted(end_part):
                 work()
-            self._runtime.synchronize_stream(stream)
+            self._finish_part(stream)
         except Exception as error:
             self._fail("warming up", error)
 
     def rehearse(self, work: Callable[[], None]) -> None:
         """See Backend. On the warm-up stream, with its workspaces and memory of a pool of its own: it runs beside graphs."""
         self._check_thread()
-        self._turns.wait()
         try:
             stream = self._ensure_warm_up_stream()
 
             def end_part() -> None:
                 self._replay_part(stream)
-                self._turns.wait()
+                self._gap.enter(stream, self._turns.wait)
                 self._runtime.begin_capture(stream)
 
+            self._gap.enter(stream, self._turns.wait)
             with self._torch.recording(stream, is_rehearsal=True), self._parted(end_part):
                 try:
                     self._runtime.begin_capture(stream)
@@ -251,20 +266,26 @@ class CudaBackend:
     def give_way(self, seconds: float = math.inf) -> None:
         """See Backend."""
         if self._end_part is None:
-            self._pause_recording()
+            if self._is_recording:
+                self._pause()
             return
         self._part_seconds += seconds
         if self._part_seconds + seconds > self._turns.device_seconds():
             self._part_seconds = 0.0
             self._end_part()
 
-    def _pause_recording(self) -> None:
+    def _pause(self) -> None:
         """Recording is Python: whoever serves waits for the interpreter's lock beside it. So it stops when they want that."""
-        if not self._is_recording or self._turns.host_seconds() > 0:
-            return
-        paused = perf_counter()
-        self._turns.wait()
-        self._paused_seconds += perf_counter() - paused
+        if self._turns.host_seconds() <= 0:
+            paused = perf_counter()
+            self._turns.wait()
+            self._paused_seconds += perf_counter() - paused
+
+    def _finish_part(self, stream: int) -> None:
+        """Waits for what is on the stream. The next step goes behind it, if it has a gap to be in."""
+        self._gap.leave(stream)
+        self._runtime.synchronize_stream(stream)
+        self._gap.settle()
 
     @contextmanager
     def _parted(self, end_part: Callable[[], None]) -> Iterator[None]:
@@ -284,7 +305,7 @@ class CudaBackend:
             executable = self._runtime.instantiate(graph)
             try:
                 self._runtime.launcher(executable, lambda: stream)()
-                self._runtime.synchronize_stream(stream)
+                self._finish_part(stream)
             finally:
                 self._runtime.destroy_executable(executable)
         finally:
@@ -304,7 +325,7 @@ class CudaBackend:
             self._num_failures += 1
             self._fail("recording", error, name)
         try:
-            self._turns.wait()
+            self._pause()
             executable, instantiate_seconds, is_update = self._launchable(graph)
         except Exception as error:
             self._num_failures += 1
@@ -382,7 +403,7 @@ class CudaBackend:
                 handle = self._runtime.instantiate(graph)
                 seconds += perf_counter() - started
                 fallen_bytes = before - self._unaccounted_bytes()
-            self._turns.wait()
+            self._pause()
             before = self._unaccounted_bytes()
             started = perf_counter()
             self._runtime.upload(handle, stream)

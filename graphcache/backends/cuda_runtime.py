@@ -1,7 +1,8 @@
 """The calls of the CUDA runtime that the CUDA backend makes, their error codes turned into exceptions. No torch, no cache.
 
 Handles are plain integers: this runtime and torch's are two copies of one library, and streams, graphs and executables mean
-the same to both. Every call but the launch is made on the capture thread; all of them release the interpreter's lock.
+the same to both. Every call but the launch, and an event's record and wait, is made on the capture thread; all of them release
+the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -44,6 +45,20 @@ class Runtime(Protocol):
     def synchronize_stream(self, stream: int) -> None:
         """Waits for what was put on this stream, and for nothing else."""
         ...
+
+    def make_event(self) -> int:
+        """One that tells no time."""
+        ...
+
+    def record_event(self, event: int, stream: int) -> None:
+        """The event marks what is on the stream now, and nothing that it marked before. For any thread, and cheap."""
+        ...
+
+    def wait_event(self, stream: int, event: int) -> None:
+        """What is put on the stream from now on goes behind what the event marks now. For any thread, and cheap."""
+        ...
+
+    def destroy_event(self, event: int) -> None: ...
 
     def begin_capture(self, stream: int) -> None:
         """What this thread puts on the stream is recorded from now on; other threads may do as they like meanwhile."""
@@ -115,6 +130,19 @@ class CudaRuntime:
 
     def synchronize_stream(self, stream: int) -> None:
         check("cudaStreamSynchronize", cudart.cudaStreamSynchronize(stream))
+
+    def make_event(self) -> int:
+        created = cudart.cudaEventCreateWithFlags(cudart.cudaEventDisableTiming)
+        return int(check("cudaEventCreateWithFlags", created))
+
+    def record_event(self, event: int, stream: int) -> None:
+        check("cudaEventRecord", cudart.cudaEventRecord(cudart.cudaEvent_t(event), stream))
+
+    def wait_event(self, stream: int, event: int) -> None:
+        check("cudaStreamWaitEvent", cudart.cudaStreamWaitEvent(stream, cudart.cudaEvent_t(event), 0))
+
+    def destroy_event(self, event: int) -> None:
+        check("cudaEventDestroy", cudart.cudaEventDestroy(cudart.cudaEvent_t(event)))
 
     def begin_capture(self, stream: int) -> None:
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal

@@ -53,5 +53,11 @@ class EagerBackend:
     def give_way(self, seconds: float = math.inf) -> None:
         """Nothing to wait for."""
 
+    def before_step(self) -> None:
+        """Nothing runs beside steps but on the host."""
+
+    def after_step(self) -> None:
+        """Likewise."""
+
     def close(self) -> None:
         """Nothing to give back."""

@@ -77,6 +77,7 @@ class FakeBackend:
         self.num_warm_ups = 0
         self.num_rehearsals = 0
         self.num_turns = 0
+        self.num_steps: Counter[str] = Counter()  # that it was told of, before and after
         self.num_captures: Counter[str] = Counter()
         self.num_destroys: Counter[str] = Counter()
         self.num_replays: Counter[str] = Counter()
@@ -115,6 +116,12 @@ class FakeBackend:
 
     def give_way(self, seconds: float = math.inf) -> None:
         self.num_turns += 1
+
+    def before_step(self) -> None:
+        self.num_steps["before"] += 1
+
+    def after_step(self) -> None:
+        self.num_steps["after"] += 1
 
     def close(self) -> None:
         self._check_thread()

@@ -11,6 +11,7 @@ import torch
 from cuda.bindings import runtime as cudart  # type: ignore[import-untyped]  # it ships no types
 from transformers import LlamaConfig
 
+from graphcache import NoTurns
 from graphcache.backends.cuda import CudaBackend
 from graphcache.backends.cuda_runtime import CudaRuntime
 from hotgraph_server.kernels.attention_decode import decode_kernel
@@ -210,7 +211,7 @@ def test_the_capture_backend_keeps_the_overlap(shape: str) -> None:
         torch.cuda.synchronize()
 
     def run() -> None:
-        backend.start(lambda: None)
+        backend.start(NoTurns())
         try:
             backend.warm_up(lambda: forward(backend.give_way))
             check_room()

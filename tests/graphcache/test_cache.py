@@ -92,6 +92,19 @@ def test_the_life_of_a_graph_is_told_in_events(cache: GraphCache[str]) -> None:
         cache.events(8)
 
 
+def test_the_backend_is_told_of_steps(cache: GraphCache[str], backend: FakeBackend) -> None:
+    """Before a step is put on the device, and after; a step given up in between is over like any other."""
+    cache.step_launching()
+    assert backend.num_steps == {"before": 1}
+    cache.step_launched()
+    assert backend.num_steps == {"before": 1, "after": 1}
+    cache.step_finished()
+    cache.step_launching()
+    cache.step_finished()
+    assert backend.num_steps == {"before": 2, "after": 1}
+    assert not cache._core.pulse._launches
+
+
 def test_update_budget_changes_what_is_given(cache: GraphCache[str]) -> None:
     """Each part of the budget changes alone; wrong values change nothing; an event tells."""
     cache.update_budget(stall_budget_seconds=0.5)

@@ -23,15 +23,21 @@ from graphcache.pulse import (
 )
 
 
+def launch(pulse: Pulse) -> None:
+    """A step is put on the device at once."""
+    pulse.launching()
+    pulse.launched()
+
+
 def test_a_step_under_way_is_served_for_as_long_as_it_takes() -> None:
     """From launch to end, and for the short break in which the next one is launched."""
     clock = FakeClock()
     pulse = Pulse(clock)
     assert not pulse.is_serving
-    pulse.launched()
+    launch(pulse)
     clock.advance(100.0)
     assert pulse.is_serving
-    pulse.launched()
+    launch(pulse)
     pulse.finished()
     clock.advance(100.0)
     assert pulse.is_serving  # the second
@@ -57,7 +63,7 @@ def test_records_say_nothing_beside_launches() -> None:
     """A record comes at the end of a step that was told of already, and does not make it longer."""
     clock = FakeClock()
     pulse = Pulse(clock)
-    pulse.launched()
+    launch(pulse)
     pulse.finished()
     clock.advance(BREAK_SECONDS * 2)
     assert pulse.recorded(0.1) == clock.monotonic()
@@ -73,8 +79,8 @@ def test_nobody_waits_while_nobody_is_served() -> None:
 def test_a_wait_ends_with_the_next_launch() -> None:
     """Beside steps the wait goes on until another is launched, not with the end of one, nor with a record of one."""
     pulse = Pulse(SystemClock())
-    pulse.launched()
-    pulse.launched()
+    launch(pulse)
+    launch(pulse)
     waits = threading.Thread(target=pulse.take_turn)
     waits.start()
     waits.join(0.02)
@@ -83,7 +89,7 @@ def test_a_wait_ends_with_the_next_launch() -> None:
     pulse.recorded(0.1)
     waits.join(0.02)
     assert waits.is_alive()
-    pulse.launched()
+    launch(pulse)
     waits.join(IDLE_SECONDS / 2)
     assert not waits.is_alive()
 
@@ -108,9 +114,9 @@ def test_results_are_handed_out_before_a_turn_begins(monkeypatch: pytest.MonkeyP
     for step_seconds in (4e-3, 1.0):
         clock = FakeClock()
         pulse = Pulse(clock)
-        pulse.launched()
+        launch(pulse)
         clock.advance(step_seconds)
-        pulse.launched()
+        launch(pulse)
         pulse.finished()
         clock.advance(step_seconds / 2)
         waits = threading.Thread(target=pulse.take_turn)
@@ -118,14 +124,13 @@ def test_results_are_handed_out_before_a_turn_begins(monkeypatch: pytest.MonkeyP
         while pulse._told is None:
             waits.join(0.001)
         clock.advance(1e-6)
-        pulse.launched()
+        launch(pulse)
         waits.join(IDLE_SECONDS)
         assert not waits.is_alive()
         assert slept.pop() == pytest.approx(min(HANDOUT_SHARE * step_seconds, MAX_HANDOUT_SECONDS))
         pulse.finished()
         pulse.finished()
         clock.advance(BREAK_SECONDS * 0.9)
-        pulse._turn_monotonic = -math.inf
         pulse.take_turn()  # a break in which nothing is launched
         assert not slept
 
@@ -136,7 +141,7 @@ def test_a_wait_in_a_break_is_as_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 60.0)
     for is_under_way in (False, True):
         pulse = Pulse(SystemClock())
-        pulse.launched()
+        launch(pulse)
         if is_under_way:
             threading.Timer(0.01, pulse.finished).start()
         else:
@@ -150,49 +155,39 @@ def test_a_wait_in_a_break_is_as_short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_step_is_not_waited_for_for_ever() -> None:
     """A step that takes very long, or was never told to have ended, delays a capture and no more."""
     pulse = Pulse(SystemClock())
-    pulse.launched()
+    launch(pulse)
     begin = time.monotonic()
     pulse.take_turn()
     assert IDLE_SECONDS * 0.9 < time.monotonic() - begin < IDLE_SECONDS * 20
 
 
-def test_what_takes_little_of_a_step_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a turn began there is no wait until a small share of a step has passed, and then there is one."""
-    monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 0.05)
-    clock = FakeClock()
-    pulse = Pulse(clock)
-    pulse.launched()
-    pulse.launched()
-    clock.advance(10.0)
-    pulse.finished()  # a step of ten seconds
-    for seconds in (TURN_SHARE * 10.0 * 0.9, TURN_SHARE * 10.0 * 0.2):
-        begin = time.monotonic()
-        pulse.take_turn()  # there was none for long: waits
-        assert time.monotonic() - begin > 0.04
-        clock.advance(seconds)
-        begin = time.monotonic()
-        pulse.take_turn()
-        assert time.monotonic() - begin < 0.04
-        clock.advance(TURN_SHARE * 10.0)
-
-
-def test_a_step_that_waited_for_another_is_no_longer_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_waited_for_another_is_no_longer_for_it() -> None:
     """With steps launched ahead, a step's time begins with the end of the one before."""
-    monkeypatch.setattr(pulse_module, "IDLE_SECONDS", 0.05)
     clock = FakeClock()
     pulse = Pulse(clock)
-    pulse.launched()
-    pulse.launched()
-    pulse.launched()
+    for _ in range(3):
+        launch(pulse)
     clock.advance(100.0)
     pulse.finished()
     clock.advance(1.0)
-    pulse.finished()  # a step of one second
-    pulse.take_turn()
-    clock.advance(TURN_SHARE * 2.0)
-    begin = time.monotonic()
-    pulse.take_turn()
-    assert time.monotonic() - begin > 0.04
+    pulse.finished()
+    assert pulse.turn_seconds() == pytest.approx(TURN_SHARE)
+
+
+def test_a_step_that_is_being_launched_ends_no_wait() -> None:
+    """A wait goes on until the whole step is on the device: until then the one who launches wants the interpreter."""
+    pulse = Pulse(SystemClock())
+    launch(pulse)
+    waits = threading.Thread(target=pulse.take_turn)
+    waits.start()
+    while pulse._told is None:
+        waits.join(0.001)
+    pulse.launching()
+    waits.join(0.02)
+    assert waits.is_alive()
+    pulse.launched()
+    waits.join(IDLE_SECONDS / 2)
+    assert not waits.is_alive()
 
 
 def test_a_turn_is_a_share_of_a_step() -> None:
@@ -200,8 +195,8 @@ def test_a_turn_is_a_share_of_a_step() -> None:
     clock = FakeClock()
     pulse = Pulse(clock)
     assert pulse.turn_seconds() == IDLE_TURN_SECONDS
-    pulse.launched()
-    pulse.launched()
+    launch(pulse)
+    launch(pulse)
     clock.advance(0.5)
     pulse.finished()
     assert pulse.turn_seconds() == TURN_SHARE * 0.5
@@ -225,14 +220,14 @@ def test_the_host_is_quiet_from_a_launch_to_shortly_before_the_next_end() -> Non
     clock = FakeClock()
     pulse = Pulse(clock)
     assert pulse.quiet_seconds() == math.inf
-    pulse.launched()
+    launch(pulse)
     clock.advance(0.1)
-    pulse.launched()
+    launch(pulse)
     clock.advance(0.9)
     pulse.finished()  # a step of a second
     assert pulse.quiet_seconds() == 0.0
     clock.advance(0.1)
-    pulse.launched()
+    launch(pulse)
     clock.advance(0.1)
     assert pulse.quiet_seconds() == pytest.approx(1 - AHEAD_SHARE - 0.2)
     clock.advance(1.0)
@@ -248,11 +243,11 @@ def test_a_lone_launch_is_quiet_from_itself_on() -> None:
     """Without a step under way before it, a step begins with its launch."""
     clock = FakeClock()
     pulse = Pulse(clock)
-    pulse.launched()
+    launch(pulse)
     clock.advance(1.0)
     pulse.finished()
     clock.advance(100.0)
-    pulse.launched()
+    launch(pulse)
     assert pulse.quiet_seconds() == pytest.approx(1 - AHEAD_SHARE)
 
 

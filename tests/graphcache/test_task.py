@@ -339,7 +339,7 @@ def test_nobody_is_held_up_by_a_second_look(
     capture(cache, "a")
     clock.advance(FIRST_PUT_OFF_SECONDS)
     program.is_busy = False
-    cache.step_launched()
+    cache.step_launching()
     cache.run_pending()
     assert not backend.num_replays
     cache.step_finished()
@@ -456,7 +456,7 @@ def test_a_second_look_is_charged(cache: GraphCache[str], program: FakeProgram, 
     governor = cache._core.governor
 
     def verify(key: object, replay: Callable[[], None]) -> bool:
-        cache.step_launched()
+        cache.step_launching()
         clock.advance(5.0)
         return True
 
@@ -469,7 +469,7 @@ def test_the_end_of_serving_is_soon_noticed(make_cache: MakeCache, clock: FakeCl
     """While something waits for it, the capture thread looks more often than statistics are due."""
     cache = make_cache(statistics_interval_seconds=60.0, stall_budget_seconds=0.0)
     clock.advance(1.0)
-    cache.step_launched()
+    cache.step_launching()
     assert cache._task.step() == 60.0
     cache.request("a")
     assert cache._task.step() == IDLE_LOOK_SECONDS
@@ -477,5 +477,5 @@ def test_the_end_of_serving_is_soon_noticed(make_cache: MakeCache, clock: FakeCl
     program.is_busy = True
     clock.advance(1.0)
     assert cache._task.step() == 0.0
-    cache.step_launched()
+    cache.step_launching()
     assert cache._task.step() == IDLE_LOOK_SECONDS

@@ -49,8 +49,10 @@ def test_what_is_left_of_device_and_host() -> None:
     governor.pause()
     assert turns.host_seconds() == 0.0
     governor.resume()
+    pulse.launching()
     pulse.launched()
     clock.advance(1.0)
+    pulse.launching()
     pulse.launched()
     pulse.finished()
     assert turns.device_seconds() == pytest.approx(TURN_SHARE)

@@ -338,6 +338,7 @@ class TorchEngine:
                 # What the graph was recorded from, for the step lies there in the graph's shape.
                 self._program.run(self._live, choice.tokens, choice.rows, key.sampler, is_fixed=self._is_padded)
             number = self._live.buffers.note_run(batch.num_logprobs)
+            self._chooser.launched()
             over = self._thread.after_launched(lambda: self._live.buffers.read(batch, step, number))
         except BaseException:
             self._chooser.abandon(choice)

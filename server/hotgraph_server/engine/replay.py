@@ -34,8 +34,12 @@ class GraphChooser:
         self._is_padded = is_padded
 
     def choose(self, batch: Batch) -> Choice:
-        """Takes hold of a graph for the batch, when one is ready. Call `finish` once the step is done, or `abandon`."""
-        self._cache.step_launched()
+        """Takes hold of a graph for the batch, when one is ready.
+
+        To be called before anything of the step is put on the device. Call `launched` when all of it is, and `finish` once it
+        is done; or `abandon` at any time.
+        """
+        self._cache.step_launching()
         num_tokens, num_rows = batch.num_tokens, len(batch.rows)
         key = None if batch.is_eager else self._buckets.key(num_tokens, num_rows, batch.sampler)
         if key is None:
@@ -48,6 +52,10 @@ class GraphChooser:
                 shape = (candidate.tokens, candidate.rows) if self._is_padded else (num_tokens, num_rows)
                 return Choice(key, graph, *shape, age_seconds)
         return Choice(key, None, num_tokens, num_rows, None)
+
+    def launched(self) -> None:
+        """The step of the last choice is on its way."""
+        self._cache.step_launched()
 
     def withdraw(self, choice: Choice, reason: str) -> Choice:
         """The choice's graph could not be launched: nobody gets it any more. Returns the same shape without a graph."""

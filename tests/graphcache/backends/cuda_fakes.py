@@ -34,6 +34,7 @@ class FakeRuntime:
         self.calls: list[str] = []
         self.streams: dict[int, Stream] = {DEFAULT_STREAM: Stream()}
         self.graphs: dict[int, list[Kernel]] = {}
+        self.events: dict[int, int | None] = {}  # the stream that each was last recorded on
         self.executables: dict[int, list[Kernel]] = {}
         self.current = DEFAULT_STREAM
         self.failures: dict[str, list[CudaCallError]] = {}  # by method, each raised once, the first first
@@ -70,6 +71,25 @@ class FakeRuntime:
     def synchronize_stream(self, stream: int) -> None:
         self._call("synchronize_stream", stream)
         assert self.streams[stream].recorded is None, "a capturing stream was waited for"
+
+    def make_event(self) -> int:
+        self._call("make_event")
+        event = self._handle()
+        self.events[event] = None
+        return event
+
+    def record_event(self, event: int, stream: int) -> None:
+        self._call("record_event", stream)
+        assert event in self.events, "an event that is not there was recorded"
+        self.events[event] = stream
+
+    def wait_event(self, stream: int, event: int) -> None:
+        self._call(f"wait_event of {self.events[event]}", stream)
+        assert self.streams[stream].recorded is None, "a capturing stream was put behind another"
+
+    def destroy_event(self, event: int) -> None:
+        self._call("destroy_event")
+        del self.events[event]
 
     def begin_capture(self, stream: int) -> None:
         self._call("begin_capture", stream)

@@ -42,7 +42,7 @@ class Rig:
         self.ran: list[str] = []
 
     def start(self) -> Rig:
-        self.backend.start(GivenTurns(lambda: self.runtime.calls.append("wait")))
+        self.backend.start(GivenTurns(lambda: self.runtime.calls.append("wait"), host=0.0))
         self.runtime.calls.clear()
         return self
 
@@ -84,6 +84,8 @@ def test_a_start_warms_the_capture_stream_and_waits_for_it_alone() -> None:
     stream = warmed[0]
     assert made.runtime.calls == [
         "open",
+        "make_event",
+        "make_event",
         "take_stream",
         "take_stream",
         "warm_libraries",
@@ -291,7 +293,7 @@ def test_a_wait_that_raises_leaves_nothing(rig: Rig) -> None:
         if failures:
             raise failures.pop()
 
-    rig.backend.start(GivenTurns(fail))
+    rig.backend.start(GivenTurns(fail, host=0.0))
     with pytest.raises(CaptureError, match="instantiating raised RuntimeError"):
         rig.capture("a")
     assert rig.runtime.executables == {}
@@ -406,7 +408,37 @@ def test_a_warm_up_gives_way_between_its_parts(rig: Rig) -> None:
     rig.backend.give_way()
     assert rig.runtime.calls == []
     rig.backend.capture("c", work).replay()
-    assert rig.runtime.calls.count("wait") == 2  # those between its phases
+    assert rig.runtime.calls.count("wait") == 3  # where it gives way, and between its phases
+
+
+@pytest.mark.parametrize("is_rehearsal", [False, True])
+def test_parts_go_between_steps(is_rehearsal: bool) -> None:
+    """Beside steps each part goes behind the step that is launched meanwhile, and the next step behind the part."""
+    rig = Rig()
+    serving = rig.runtime.current
+
+    def step() -> None:
+        before, rig.runtime.current = rig.runtime.current, serving
+        rig.backend.before_step()
+        rig.runtime.calls.append("step")
+        rig.backend.after_step()
+        rig.runtime.current = before
+
+    def work() -> None:
+        rig.work("a")()
+        rig.backend.give_way()
+        rig.work("b")()
+
+    rig.backend.start(GivenTurns(step))
+    rig.runtime.calls.clear()
+    (rig.backend.rehearse if is_rehearsal else rig.backend.warm_up)(work)
+    assert rig.ran == ["a k", "b k"]
+    told = [call for call in rig.runtime.calls if call.split()[0] in ("step", "wait_event", "record_event")]
+    stream = int(told[2].split()[-1])
+    part = ["step", f"record_event {serving}", f"wait_event of {serving} {stream}", f"record_event {stream}"]
+    assert told == part + part
+    rig.backend.close()
+    assert rig.runtime.events == {}
 
 
 def test_recording_stands_still_now_and_then(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

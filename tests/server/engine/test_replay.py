@@ -27,8 +27,9 @@ class Bench:
 
     def __init__(self, *, is_padded: bool = True) -> None:
         self.clock = FakeClock()
+        self.backend = FakeBackend(self.clock)
         self.cache: GraphCache[StepKey] = GraphCache(
-            Program(), FakeBackend(self.clock), CacheSettings(), clock=self.clock, thread=False
+            Program(), self.backend, CacheSettings(), clock=self.clock, thread=False
         )
         self.cache.start()
         buckets = Buckets(num_slots=8, max_step_tokens=64, max_padding_ratio=2.0)
@@ -123,6 +124,17 @@ def test_eager_only_does_not_touch_the_cache() -> None:
     assert [info.name for info in bench.cache.list()] == ["t5-r5-greedy"]
     stats = bench.cache.stats()
     assert (stats.num_hits, stats.num_misses) == (0, 0)
+
+
+def test_the_cache_is_told_when_a_step_is_launched() -> None:
+    """A choice comes before the launch, and is told as such; `launched` after it."""
+    bench = Bench()
+    choice = bench.chooser.choose(decode(1))
+    assert bench.backend.num_steps == {"before": 1}
+    bench.chooser.launched()
+    assert bench.backend.num_steps == {"before": 1, "after": 1}
+    bench.chooser.finish(decode(1), choice, 0.1)
+    assert bench.backend.num_steps == {"before": 1, "after": 1}
 
 
 def test_failed_step_lets_go_of_its_graph() -> None:
