@@ -25,6 +25,8 @@ from tests.server.models.tiny_models import write_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 
+START_SECONDS = 120.0  # the first start on a machine compiles kernels, maybe beside other tests that do
+
 PROGRAM = """
 import logging, sys
 from hotgraph_server import daemon
@@ -64,7 +66,7 @@ async def is_serving(caller: Caller, service: str) -> bool:
 async def test_a_life_on_the_gpu(folder: Path) -> None:
     """It serves, captures its core, shows and steers its graphs, replays them, and ends well."""
     async with process(settings(folder), PROGRAM) as daemon:
-        await daemon.logged("serving")
+        await daemon.logged("serving", START_SECONDS)
         async with Caller(f"unix:{folder}/s") as caller:
             await caller.check_alive()
             await eventually(lambda: is_serving(caller, "hotgraph.warm"))
@@ -106,7 +108,7 @@ async def test_more_kv_cache_than_memory_is_said(folder: Path) -> None:
 async def test_a_wild_write_ends_the_process_with_a_clear_word(folder: Path) -> None:
     """After a kernel's illegal access what is in flight ends with ENGINE_FAILED, and the process exits with 70."""
     async with process(settings(folder), SABOTAGED) as daemon:
-        await daemon.logged("serving")
+        await daemon.logged("serving", START_SECONDS)
         async with Caller(f"unix:{folder}/s") as caller:
             await caller.check_alive()
             steady = caller.inference.Generate(GenerateRequest(token_ids=TokenIds(ids=[5] * 9), max_tokens=60))

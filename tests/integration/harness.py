@@ -121,9 +121,9 @@ async def stream_refused(call: Any) -> WireError:
     return await refused(drain())
 
 
-async def eventually(condition: Callable[[], Any]) -> Any:
+async def eventually(condition: Callable[[], Any], patience_seconds: float = PATIENCE_SECONDS) -> Any:
     """Waits until the condition holds; awaits it when it is a coroutine function."""
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + patience_seconds
     while True:
         result = condition()
         if asyncio.iscoroutine(result):

@@ -26,13 +26,13 @@ class Process:
         async for line in self.process.stderr:
             self.log.append(line.decode().rstrip())
 
-    async def logged(self, text: str) -> str:
+    async def logged(self, text: str, patience_seconds: float = PATIENCE_SECONDS) -> str:
         """The first line that holds the text, as soon as it is there."""
 
         def find() -> str | None:
             return next((line for line in self.log if text in line), None)
 
-        line: str = await eventually(lambda: find() or (self._reader.done() and self._fail(text)))
+        line: str = await eventually(lambda: find() or (self._reader.done() and self._fail(text)), patience_seconds)
         return line
 
     def _fail(self, text: str) -> Never:
