@@ -72,6 +72,15 @@ class Service:
         await asyncio.to_thread(graphs.wait, keys, timeout_seconds)
 
 
+def settings_of(*, num_slots: int = 64, graphs: GraphSettings | None = None, prefix_caching: bool = False) -> Settings:
+    """Steps of up to 512 tokens, and 1 GiB of KV cache."""
+    return Settings(
+        scheduler=SchedulerSettings(num_slots=num_slots, max_step_tokens=512, prefix_caching=prefix_caching),
+        kv_cache=KvCacheSettings(size_bytes=1 << 30),
+        graphs=graphs or GraphSettings(),
+    )
+
+
 @asynccontextmanager
 async def service(
     model: Model,
@@ -82,12 +91,8 @@ async def service(
     run_ahead: int | None = None,
     prefix_caching: bool = False,
 ) -> AsyncIterator[Service]:
-    """An engine with 1 GiB of KV cache."""
-    settings = Settings(
-        scheduler=SchedulerSettings(num_slots=num_slots, max_step_tokens=512, prefix_caching=prefix_caching),
-        kv_cache=KvCacheSettings(size_bytes=1 << 30),
-        graphs=graphs or GraphSettings(),
-    )
+    """An engine and a scheduler with the settings of `settings_of`."""
+    settings = settings_of(num_slots=num_slots, graphs=graphs, prefix_caching=prefix_caching)
     engine = TorchEngine(Loaded(model), settings, backend=backend, run_ahead=run_ahead)
     await engine.start()
     scheduler = Scheduler(engine, ByteTokenizer(), settings.scheduler)

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hotgraph_server.models.bridge import Bridge
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.interface import Model
 from hotgraph_server.request import Request, SamplingParams, StopParams
+from tests.gpu.retrace import retrace, trace
 from tests.gpu.serving import TIES, Service, eager, same_or_tied, service
 from tests.server.models.driver import random_model, random_tokens
 
@@ -104,6 +106,22 @@ async def check(served: Service, model: Model, wanted: list[Request], *, at_once
     for request, ours, theirs in zip(wanted, found, expected, strict=True):
         assert same_or_tied(model, request, ours.ids, theirs.ids), request.request_id
     return sum(ours.ids == theirs.ids for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [3, 64])
+async def test_every_step_gives_the_tokens_of_its_eager_run(model: Model, at_once: int) -> None:
+    """Clients that come and go, while graphs are captured and then through them: the same batches run eagerly give the same
+    tokens, all of them."""
+    wanted = requests(75, seed=at_once)
+    async with service(model) as served:
+        steps = trace(served.engine)
+        await served.complete_all(wanted, at_once=at_once)
+        await served.settle()
+        await served.complete_all([replace(one, request_id=f"{one.request_id}-2") for one in wanted], at_once=at_once)
+    num_graph_steps = sum(step.graph is not None for step in steps)
+    print(f"{model.dtype} {at_once} at once: {len(steps)} steps, {num_graph_steps} of them graphs")
+    assert num_graph_steps > len(steps) // 2
+    await retrace(model, steps)
 
 
 @pytest.mark.parametrize("at_once", [1, 8, 64])

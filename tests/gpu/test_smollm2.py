@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hotgraph_server.models import convert, registry
 from hotgraph_server.models.loader import LoadedModel, load_model
 from hotgraph_server.request import Request, SamplingParams, StopParams
 from hotgraph_server.text import Tokenizer
+from tests.gpu.retrace import retrace, trace
 from tests.gpu.serving import Service, eager, same_or_tied, service
 from tests.integration.texts import TEXTS, prompts
 from tests.server.models.driver import Driver
@@ -123,6 +125,22 @@ async def test_graphs_say_what_eager_steps_say(loaded: LoadedModel, at_once: int
         assert not served.engine.graphs.list([GraphState.QUARANTINED])
 
 
+@pytest.mark.parametrize("at_once", [1, 8, 64])
+async def test_every_step_gives_the_tokens_of_its_eager_run(loaded: LoadedModel, at_once: int) -> None:
+    """Up to 64 clients that come and go, while graphs are captured and then through them: the same batches run eagerly give
+    the same tokens, all of them."""
+    wanted = requests(all_prompts(loaded.tokenizer), 38 if at_once == 1 else 96, seed=100 + at_once)
+    async with service(loaded.model) as served:
+        steps = trace(served.engine)
+        await served.complete_all(wanted, at_once=at_once)
+        await served.settle()
+        await served.complete_all([replace(one, request_id=f"{one.request_id}-2") for one in wanted], at_once=at_once)
+    num_graph_steps = sum(step.graph is not None for step in steps)
+    print(f"{loaded.model.dtype} {at_once} at once: {len(steps)} steps, {num_graph_steps} of them graphs")
+    assert num_graph_steps > len(steps) // 2
+    await retrace(loaded.model, steps)
+
+
 async def test_graphs_that_come_and_go_say_the_same(loaded: LoadedModel) -> None:
     """With room for few graphs, captured and evicted all the time."""
     async with service(loaded.model, graphs=GraphSettings(stall_budget_seconds=1.0, policy="lru")) as served:
@@ -133,6 +151,7 @@ async def test_graphs_that_come_and_go_say_the_same(loaded: LoadedModel) -> None
         # What a few decode graphs hold: the first graph of all grew the pool, and counts for many.
         sizes = sorted(info.size_bytes for info in cache.list([GraphState.READY]))
         cache.update_budget(limit_bytes=6 * sizes[len(sizes) // 2])
+        steps = trace(served.engine)
         wanted = all_prompts(loaded.tokenizer)
         for seed in range(4):
             await check(served, loaded, requests(wanted, 48, seed=seed), at_once=24)
@@ -141,3 +160,4 @@ async def test_graphs_that_come_and_go_say_the_same(loaded: LoadedModel) -> None
         print(stats)
         assert stats.num_evictions > 40
         assert not cache.list([GraphState.QUARANTINED])
+    await retrace(loaded.model, steps)
