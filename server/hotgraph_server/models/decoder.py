@@ -164,10 +164,11 @@ class Decoder:
 
     def _layers_for(self, num_tokens: int) -> Layers:
         """num_tokens: of a step, or its rows where padding rows make these more."""
-        if self._few_rows_layers is not None and num_tokens <= few_rows_layers.MAX_TOKENS:
-            return self._few_rows_layers
-        if self._tile_rows_layers is not None and num_tokens <= tile_rows_layers.MAX_TOKENS:
-            return self._tile_rows_layers
+        tiles, few = self._tile_rows_layers, self._few_rows_layers
+        if tiles is not None and tiles.min_tokens <= num_tokens <= tile_rows_layers.MAX_TOKENS:
+            return tiles
+        if few is not None and num_tokens <= few_rows_layers.MAX_TOKENS:
+            return few
         return self._layers
 
 

@@ -71,6 +71,22 @@ def test_they_are_given_tens_of_tokens_and_no_more(monkeypatch: pytest.MonkeyPat
         assert all(pdl for _, pdl in calls)
 
 
+def test_large_layers_are_given_to_them_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer's time is its bytes they begin at three tokens; two go through the kernels for few rows still."""
+    calls: list[tuple[str, object]] = []
+    recorded(monkeypatch, tile_rows_layers, ["tile_rows_linear", "tile_rows_qkv"], calls)
+    small = decoder("llama")._tile_rows_layers
+    assert small is not None
+    assert small.min_tokens == tile_rows_layers.MIN_TOKENS
+    layer_bytes = sum(linear.num_bytes for linear in small.layers[0].linears)
+    monkeypatch.setattr(tile_rows_layers, "LARGE_LAYER_BYTES", layer_bytes)
+    driver = Driver(decoder("llama"))
+    for num_tokens in (2, 3, 8):
+        calls.clear()
+        driver.step({f"{num_tokens}": [3] * num_tokens})
+        assert bool(calls) == (num_tokens >= 3)
+
+
 def test_only_where_the_kernels_run_are_they_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without being told: never on the CPU, and where the kernel runs for 16 bits."""
     assert decoder("llama", torch.float16, fuses_few_rows=None)._tile_rows_layers is None
