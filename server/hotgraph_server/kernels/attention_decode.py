@@ -1,7 +1,8 @@
 """Decode: the Triton kernel of attention for rows of one token.
 
-Each row's keys are split among programs, and the last of them to finish adds up what all have found, in the order of the
-splits. In a step with longer rows it passes over them. Names as in `attention_parts.py`.
+Each row's keys are split in shares, and the last program to finish one adds up what all have found, in the order of the
+shares. Lengths are known to the device alone, so the grid has a few programs for each row, and some for whatever shares long
+rows have beyond these. In a step with longer rows it passes over them. Names as in `attention_parts.py`.
 
 With `PDL` it is a link of a chain, as the kernels of `few_rows_kernels.py` are, and may start while the kernel before, which
 makes this layer's queries, keys and values, still runs. What is older is complete by then if that one lets it start only after
@@ -17,7 +18,8 @@ import triton.language as tl  # type: ignore[import-untyped]  # as above
 
 from hotgraph_server.kernels.attention_parts import VARIABLE, attend_dots, finish, finite, store, to_scores, weigh
 
-_SPLIT_UNIT = tl.constexpr(16)  # keys; a split's share is a multiple of it
+_SHARE_UNIT = tl.constexpr(16)  # keys; a share is a multiple of it
+_ROWS_AT_ONCE = tl.constexpr(64)  # rows looked at together when a share is looked for
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -25,6 +27,14 @@ def _wait() -> None:
     """Returns when the kernel before has ended, and so have all before that; the one behind may start from here on."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _uniform(number: tl.tensor) -> tl.tensor:
+    """The number, which is the same in all threads, told to the compiler to be so: it then takes no register of each thread."""
+    return tl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -349,6 +359,53 @@ def _attend_ahead(
     return maximum, total, summed
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _shares(
+    num_seen: tl.tensor, even_bits: tl.tensor, split_bits: tl.tensor, least_share: tl.tensor, most_share: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Keys of a share, and shares that have any, of rows that see so many: see `attention_triton.Splits`."""
+    even = ((num_seen + (1 << even_bits) - 1) >> even_bits) + _SHARE_UNIT - 1
+    fewest = ((num_seen + (1 << split_bits) - 1) >> split_bits) + _SHARE_UNIT - 1
+    keys = tl.maximum(tl.minimum(tl.maximum(even, least_share), most_share), fewest)
+    keys = keys // _SHARE_UNIT * _SHARE_UNIT
+    return keys, tl.cdiv(num_seen, keys)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _find_share(
+    number: tl.tensor,
+    context_lens: tl.tensor,
+    query_starts: tl.tensor,
+    is_mixed: tl.tensor,
+    num_rows: tl.tensor,
+    even_bits: tl.tensor,
+    split_bits: tl.tensor,
+    least_share: tl.tensor,
+    most_share: tl.tensor,
+    window: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Row and split of a share, numbered row by row among those that have no program of their own, and how many there are."""
+    num_before = 0
+    first_number = 0
+    num_shares = 0
+    for first in tl.range(0, num_rows, _ROWS_AT_ONCE, num_stages=1):
+        rows = first + tl.arange(0, _ROWS_AT_ONCE)
+        is_row = rows < num_rows
+        is_looked_at = is_row & (is_mixed != 0)
+        query_start = tl.load(query_starts + rows, mask=is_looked_at, other=0)
+        query_end = tl.load(query_starts + rows + 1, mask=is_looked_at, other=0)
+        context_len = tl.load(context_lens + rows, mask=is_row, other=0)
+        is_ours = (is_mixed == 0) | ((query_start == rows) & (query_end == rows + 1))
+        num_seen = tl.where(is_ours, tl.minimum(context_len, window), 0)
+        _, num_used = _shares(num_seen, even_bits, split_bits, least_share, most_share)
+        beyond = tl.maximum(num_used - (1 << even_bits), 0)
+        is_before = is_row & (num_shares + tl.cumsum(beyond, axis=0) <= number)
+        num_before += tl.sum(is_before.to(tl.int32), axis=0)
+        first_number += tl.sum(tl.where(is_before, beyond, 0), axis=0)
+        num_shares += tl.sum(beyond, axis=0)
+    return num_before, (1 << even_bits) + number - first_number, num_shares
+
+
 @triton.jit(do_not_specialize=VARIABLE)  # type: ignore[untyped-decorator]
 def decode_kernel(
     out: tl.tensor,
@@ -364,7 +421,11 @@ def decode_kernel(
     totals: tl.tensor,
     arrivals: tl.tensor,
     is_mixed: tl.tensor,
+    num_rows: tl.tensor,
+    even_bits: tl.tensor,
+    split_bits: tl.tensor,
     least_share: tl.tensor,
+    most_share: tl.tensor,
     table_stride: tl.tensor,
     query_stride: tl.tensor,
     scaling: tl.tensor,
@@ -384,49 +445,92 @@ def decode_kernel(
     lanes: tl.constexpr,
     words: tl.constexpr,
     IS_AHEAD: tl.constexpr,
-    max_splits: tl.constexpr,
+    splits_at_once: tl.constexpr,
     heads_at_once: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Rows whose token is their only one, grid (R, KV heads * head_blocks, splits). Row i's token is token i.
+    """Rows whose token is their only one, grid (R, KV heads * head_blocks, Splits.num_layers). Row i's token is token i.
 
-    With `is_mixed`, rows of which that is not true are left to `tile_kernel`. Padding rows give 0. A row's splits take
-    `least_share` keys each at least, a multiple of 16, and what is left of them ends at once.
+    With `is_mixed`, rows of which that is not true are left to `tile_kernel`. Padding rows give 0. How a row is split depends
+    on its length alone. Its first shares have a program each, which ends at once where there are fewer; those beyond, of long
+    rows, are numbered and taken by the programs that a head has besides. Should the step have more of these than there are such
+    programs, `most_share` is doubled, for all its rows, until it has not.
     With `IS_AHEAD` loads are requested as `_attend_ahead` says. `words`: numbers in an element of keys and values as given.
-    With `PDL` it does not end before the kernel in front of it: all programs wait but splits that are not used.
+    With `PDL` it does not end before the kernel in front of it: all programs wait but those without a share.
     Source of the splitting: Dao et al., "Flash-Decoding for long-context inference", 2023.
     """
     row = tl.program_id(0)
+    split = tl.program_id(2)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
-    split = tl.program_id(2)
-    num_splits = tl.num_programs(2)
-    query_start = tl.load(query_starts + row)
-    query_end = tl.load(query_starts + row + 1)
+    num_even = 1 << even_bits
     context_len = tl.load(context_lens + row)
-    if (is_mixed != 0) & ((query_start != row) | (query_end != row + 1)):
+    query_start = tl.load(query_starts + row, mask=is_mixed != 0, other=row)
+    query_end = tl.load(query_starts + row + 1, mask=is_mixed != 0, other=row + 1)
+    if (split < num_even) & ((query_start != row) | (query_end != row + 1)):
         if PDL:
             _wait()
         return
-    first_seen = tl.maximum(context_len - window, 0)
-    num_seen = context_len - first_seen
-    share = tl.maximum(tl.cdiv(tl.cdiv(num_seen, num_splits), _SPLIT_UNIT) * _SPLIT_UNIT, least_share)
-    num_used = tl.maximum(tl.cdiv(num_seen, share), 1)
-    if split >= num_used:
+    share, num_used = _shares(tl.minimum(context_len, window), even_bits, split_bits, least_share, most_share)
+    if (split >= num_even) | (num_used > num_even):
+        # Of a long row, or of any row: what both need to know is how many such shares the step has.
+        is_own = split < num_even
+        number = (split - num_even) * num_rows + row
+        num_numbers = (tl.num_programs(2) - num_even) * num_rows
+        found_row, found_split, num_found = _find_share(
+            number,
+            context_lens,
+            query_starts,
+            is_mixed,
+            num_rows,
+            even_bits,
+            split_bits,
+            least_share,
+            most_share,
+            window,
+        )
+        while num_found > num_numbers:
+            most_share *= 2
+            found_row, found_split, num_found = _find_share(
+                number,
+                context_lens,
+                query_starts,
+                is_mixed,
+                num_rows,
+                even_bits,
+                split_bits,
+                least_share,
+                most_share,
+                window,
+            )
+        row = tl.where(is_own, row, found_row)
+        split = tl.where(is_own, split, found_split)
+        context_len = tl.load(context_lens + row, mask=row < num_rows, other=0)
+        share, num_used = _shares(tl.minimum(context_len, window), even_bits, split_bits, least_share, most_share)
+    if split >= tl.maximum(num_used, 1):
         return  # at once, even with PDL: the row's first split waits
-    lower = first_seen + split * share
-    upper = tl.minimum(lower + share, context_len)
+    if PDL:
+        row = _uniform(row)
+        split = _uniform(split)
+        context_len = _uniform(context_len)
+        share = _uniform(share)
+        num_used = _uniform(num_used)
 
     group_heads = first_head + tl.arange(0, padded_heads)
     is_head = (tl.arange(0, padded_heads) < block_heads) & (group_heads < group)
     heads = kv_head * group + group_heads
-    query += row.to(tl.int64) * query_stride
+    value_dims = tl.arange(0, padded_value_dim)
+    is_value = value_dims < value_dim
+    num_heads = num_kv_heads * group
     keys += kv_head * (key_dim // words)
     values += kv_head * (value_dim // words)
+    lower = tl.maximum(context_len - window, 0) + split * share
+    upper = tl.minimum(lower + share, context_len)
     table = block_tables + row * table_stride
+    row_query = query + row.to(tl.int64) * query_stride
     if IS_AHEAD:
         maximum, total, summed = _attend_ahead(
-            query,
+            row_query,
             heads,
             is_head,
             keys,
@@ -454,7 +558,7 @@ def decode_kernel(
             _wait()
         key_dims = tl.arange(0, padded_key_dim)
         asked = tl.load(
-            query + heads[:, None] * key_dim + key_dims[None, :],
+            row_query + heads[:, None] * key_dim + key_dims[None, :],
             mask=is_head[:, None] & (key_dims < key_dim)[None, :],
             other=0.0,
         )
@@ -480,17 +584,16 @@ def decode_kernel(
             padded_heads,
         )
 
-    value_dims = tl.arange(0, padded_value_dim)
-    is_value = value_dims < value_dim
-    num_heads = num_kv_heads * group
-    out += row.to(tl.int64) * num_heads * value_dim
-    if num_used == 1:
+    row_out = out + row.to(tl.int64) * num_heads * value_dim
+    if num_used <= 1:
         result = finish(maximum, total, summed, sinks, heads, is_head)
-        store(out, result, heads, is_head, value_dims, value_dim)
+        store(row_out, result, heads, is_head, value_dims, value_dim)
     elif sums is not None:  # with one split there is no such tensor, and nothing to compile here
-        places = (row * num_heads + heads) * num_splits + split
+        places = ((row * num_heads + heads) << split_bits) + split
         tl.store(
-            sums + places[:, None] * value_dim + value_dims[None, :], summed, mask=is_head[:, None] & is_value[None, :]
+            sums + places[:, None] * value_dim + value_dims[None, :],
+            summed,
+            mask=is_head[:, None] & is_value[None, :],
         )
         tl.store(maxima + places, maximum, mask=is_head)
         tl.store(totals + places, total, mask=is_head)
@@ -500,25 +603,33 @@ def decode_kernel(
         if tl.atomic_add(arrival, 1, sem="acq_rel") == num_used - 1:
             # The next layer counts from 0 again.
             tl.store(arrival, 0)
-            splits = tl.arange(0, max_splits)
             for base in tl.range(0, block_heads, heads_at_once):
                 local = base + tl.arange(0, heads_at_once)
                 is_some = (local < block_heads) & (first_head + local < group)
                 some = kv_head * group + first_head + local
-                parts = (row * num_heads + some)[:, None] * num_splits + splits[None, :]
-                is_part = is_some[:, None] & (splits < num_used)[None, :]
-                # Past the cache of this multiprocessor, which may hold what stood there before.
-                part_maximum = tl.load(maxima + parts, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-                part_total = tl.load(totals + parts, mask=is_part, other=0.0, cache_modifier=".cg")
-                part_summed = tl.load(
-                    sums + parts[:, :, None] * value_dim + value_dims[None, None, :],
-                    mask=is_part[:, :, None] & is_value[None, None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                highest = tl.max(part_maximum, axis=1)
-                factor = tl.exp2(part_maximum - finite(highest)[:, None])
-                all_total = tl.sum(part_total * factor, axis=1)
-                all_summed = tl.sum(part_summed * factor[:, :, None], axis=1)
-                result = finish(highest, all_total, all_summed, sinks, some, is_some)
-                store(out, result, some, is_some, value_dims, value_dim)
+                maximum_of_all = tl.full([heads_at_once], float("-inf"), tl.float32)
+                total_of_all = tl.zeros([heads_at_once], tl.float32)
+                sum_of_all = tl.zeros([heads_at_once, padded_value_dim], tl.float32)
+                for first_split in tl.range(0, num_used, splits_at_once, num_stages=1):
+                    splits = first_split + tl.arange(0, splits_at_once)
+                    parts = ((row * num_heads + some) << split_bits)[:, None] + splits[None, :]
+                    is_part = is_some[:, None] & (splits < num_used)[None, :]
+                    # Past the cache of this multiprocessor, which may hold what stood there before.
+                    part_maximum = tl.load(maxima + parts, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+                    part_total = tl.load(totals + parts, mask=is_part, other=0.0, cache_modifier=".cg")
+                    part_summed = tl.load(
+                        sums + parts[:, :, None] * value_dim + value_dims[None, None, :],
+                        mask=is_part[:, :, None] & is_value[None, None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    highest = tl.maximum(maximum_of_all, tl.max(part_maximum, axis=1))
+                    top = finite(highest)
+                    factor = tl.exp2(part_maximum - top[:, None])
+                    factor_of_all = tl.exp2(maximum_of_all - top)
+                    total_of_all = total_of_all * factor_of_all + tl.sum(part_total * factor, axis=1)
+                    sum_of_all *= factor_of_all[:, None]
+                    sum_of_all += tl.sum(part_summed * factor[:, :, None], axis=1)
+                    maximum_of_all = highest
+                result = finish(maximum_of_all, total_of_all, sum_of_all, sinks, some, is_some)
+                store(row_out, result, some, is_some, value_dims, value_dim)

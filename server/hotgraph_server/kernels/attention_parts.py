@@ -13,7 +13,17 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes of the step and what may differ from layer to layer: a kernel made for one value of them would have to be compiled for
 # the next one, maybe inside a capture.
-VARIABLE = ["is_mixed", "least_share", "num_rows", "num_tokens", "table_stride", "window"]
+VARIABLE = [
+    "even_bits",
+    "is_mixed",
+    "least_share",
+    "most_share",
+    "num_rows",
+    "num_tokens",
+    "split_bits",
+    "table_stride",
+    "window",
+]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton comes without types; so below

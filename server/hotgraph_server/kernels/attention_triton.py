@@ -15,25 +15,64 @@ import triton  # type: ignore[import-untyped]  # it comes without types
 from hotgraph_server.kernels.attention_decode import decode_kernel
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 
-MAX_SPLITS = 16
-"""Programs that may share the keys of one row and KV head."""
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, where the choices below were measured."""
+MAX_SPLITS = 32
+"""Shares of a row at most: programs that may meet for a row and KV head."""
 FULL_GRID = 256
-"""Decode programs from which rows of one length gain nothing by splits: about two for each of an H100's 132 multiprocessors."""
-LANE_GRID = 1024
-"""Programs to split rows into where there are fewer than FULL_GRID, and each serves one head: those are small ones."""
-LONG_SHARE = 2048
-"""Keys from which on a row is split in a full grid, too: a long row would keep few programs busy when all others are done."""
-LONG_SPLITS = 4
-"""Splits of a row in a full grid: in a step without long rows all but the first are programs that only start and end."""
-_LEAST_SHARE = 16
+"""Decode programs of one head each from which a step is one of many rows: about two for each multiprocessor without splits."""
+FEW_GROUPS = 16
+"""Decode programs of grouped heads, without splits, up to which they load ahead: more keep the memory busy without that."""
+LONG_SHARE = 1024
+"""Keys of a share at most: one that long costs nothing over a longer one, and a long row keeps no program busy for longer."""
+_MAX_PARTS = 1024  # shares that the scratch of a step has room for, if all rows have as many: 17 MB for 32 heads of 128
 _MAX_HEADS = 32
 """Query heads a program may serve; further ones of the same KV head go to other programs, or registers would run out."""
 _NO_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
+class Splits:
+    """How decode rows are split: each by its own length, which the device knows, whatever the others' are.
+
+    A row that sees n keys has shares of n / num_even of them, but of `least_share` at least and `most_share` at most, unless it
+    had more than max_splits then; of a multiple of 16. num_even and max_splits are powers of two. Of each row the first
+    num_even shares have a program of their own; what is left has, whatever row it is of, one of the num_extra programs that
+    there are for each row of the step. Only in a step of so many long rows that these do not suffice `most_share` is more.
+    """
+
+    num_even: int
+    max_splits: int
+    num_extra: int
+    least_share: int
+    most_share: int
+
+    @property
+    def num_layers(self) -> int:
+        """Programs of each row and head."""
+        return self.num_even + self.num_extra
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a decode program works. num_together: those that a multiprocessor has registers and shared memory for,
+    which may have to be told to the compiler: max_registers, of a thread.
+
+    num_rounds: loads of 16 bytes of a thread that a lane's key takes; is_ahead: see `attention_decode.py`.
+    """
+
+    tile_keys: int
+    num_warps: int
+    num_rounds: int
+    is_ahead: bool
+    num_together: int
+    least_share: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scratch:
-    """Where the splits of a row leave what they found. For R rows, H query heads, S splits, float32 unless said otherwise.
+    """Where the splits of a row leave what they found. R rows, H query heads, S splits at most; float32 unless said otherwise.
 
     sums [R, H, S, value_dim]: values weighted by 2**(score - maximum); maxima and totals [R, H, S]: of scores to base 2, and of
     those weights; arrivals: int32, 0 between launches, for each row and program of its heads, how many splits are done.
@@ -78,14 +117,11 @@ class DeviceRows:
         self.block_size = block_size
         self._scratch: dict[tuple[int, int, int], Scratch] = {}
 
-    def num_splits(self, num_kv_heads: int, num_heads: int, window: int | None) -> int:
-        """See `split_count`. A row is no longer than its table, whatever the step."""
+    def splits(self, num_programs: int, cut: Cut, window: int | None) -> Splits:
+        """See `split_rows`. A row is no longer than its table, whatever the step."""
         max_context = self.block_tables.shape[1] * self.block_size
-        return split_count(
-            self.num_rows,
-            num_kv_heads,
-            is_grouped=num_heads > num_kv_heads,
-            max_context=max_context if window is None else min(max_context, window),
+        return split_rows(
+            self.num_rows, num_programs, cut, max_context=max_context if window is None else min(max_context, window)
         )
 
     def scratch(self, num_heads: int, num_splits: int, value_dim: int) -> Scratch | None:
@@ -106,21 +142,25 @@ class DeviceRows:
         return scratch
 
 
-def split_count(num_rows: int, num_kv_heads: int, *, is_grouped: bool, max_context: int) -> int:
-    """Splits of each row, a power of two: as many as fill the grid; where it is full without, as the longest row may need.
+def split_rows(num_rows: int, num_programs: int, cut: Cut, *, max_context: int) -> Splits:
+    """How a step's rows are split so that as many programs run as can at a time, if it has so many rows of one length.
 
-    is_grouped: heads share KV heads; max_context: what a row can have at most, not what the rows at hand have.
+    num_programs: of a row, without splits; max_context: what a row can have at most, not what the rows at hand have.
     """
-    num_programs = num_rows * num_kv_heads
-    num_splits = 1
-    if num_programs >= FULL_GRID:
-        while num_splits < LONG_SPLITS and num_splits * LONG_SHARE < max_context:
-            num_splits *= 2
-        return num_splits
-    wanted = FULL_GRID if is_grouped else LANE_GRID
-    while num_splits < MAX_SPLITS and num_programs * num_splits < wanted:
-        num_splits *= 2
-    return num_splits
+    room = MULTIPROCESSORS * cut.num_together
+    useful = min(MAX_SPLITS, -(-max_context // cut.least_share))
+    num_even = 1
+    while 2 * num_even <= MAX_SPLITS and num_even < useful and 2 * num_even * num_rows * num_programs <= room:
+        num_even *= 2
+    max_splits = num_even
+    # A lone row has no others to keep waiting.
+    while num_rows > 1 and max_splits < MAX_SPLITS and max_splits * LONG_SHARE < max_context:
+        if max_splits >= 4 and 2 * max_splits * num_rows > _MAX_PARTS:
+            break
+        max_splits *= 2
+    # As many as can run at a time, or else one for each share that there can be.
+    num_extra = min(max_splits - num_even, max(1, -(-room // (num_programs * num_rows))))
+    return Splits(num_even, max_splits, num_extra, cut.least_share, max(LONG_SHARE, cut.least_share))
 
 
 def triton_attention(
@@ -202,16 +242,16 @@ def launches(
     is_mixed = not is_decode and rows.num_rows > 1
     result = []
     if is_decode or is_mixed:
-        num_splits = rows.num_splits(num_kv_heads, num_heads, window)
-        scratch = rows.scratch(num_heads, num_splits, value_dim)
-        num_decode_programs = rows.num_rows * num_kv_heads
-        is_full = num_decode_programs >= FULL_GRID
-        options = _decode_options(heads, row_bytes, padded_value_dim, keys.dtype, num_decode_programs)
+        cut = _cut(heads, row_bytes, keys.dtype, rows.num_rows * num_programs)
+        splits = rows.splits(num_programs, cut, window)
+        scratch = rows.scratch(num_heads, splits.max_splits, value_dim)
+        options = _decode_options(cut, heads, row_bytes, padded_value_dim)
         arguments: dict[str, Any] = {
             **common,
             **options,
+            **_split_arguments(splits),
             "is_mixed": int(is_mixed),
-            "least_share": LONG_SHARE if is_full else _LEAST_SHARE,
+            "num_rows": rows.num_rows,
             "words": 1,
             "PDL": pdl,
         }
@@ -221,7 +261,7 @@ def launches(
             arguments["launch_pdl"] = True
         for name in ("sums", "maxima", "totals", "arrivals"):
             arguments[name] = None if scratch is None else getattr(scratch, name)
-        result.append(Launch(decode_kernel, (rows.num_rows, num_programs, num_splits), arguments))
+        result.append(Launch(decode_kernel, (rows.num_rows, num_programs, splits.num_layers), arguments))
     if not is_decode:
         tile_options = _tile_options(heads, row_bytes, keys.dtype)
         # Rows and the padding after them start a tile each, wherever the one before ended.
@@ -232,37 +272,55 @@ def launches(
     return result
 
 
-def _decode_options(
-    heads: int, row_bytes: int, padded_value_dim: int, dtype: torch.dtype, num_programs: int
-) -> dict[str, int]:
-    """num_programs: without splits. Few choices, as each is a kernel of its own.
-
-    A program of `_attend_ahead` has two tiles on their way in its registers, so a tile is small, and the smaller the more
-    programs there are or the shorter their shares. Grouped heads in a full grid take larger tiles through shared memory.
-    """
-    num_warps, num_rounds = 4, 1
-    is_full = num_programs >= FULL_GRID
-    is_ahead = heads == 1 or not is_full
-    tile_keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    if heads > 1 and dtype == torch.float32:  # multiplied outside the tensor cores, and out of registers
-        tile_keys, num_warps = 16, 8
-    elif heads == 1 and (not is_full or num_programs >= LANE_GRID):
-        tile_keys, num_warps, num_rounds = 16, 2, 2
-    elif is_ahead:
-        tile_keys = max(16, tile_keys // 2)
+def _split_arguments(splits: Splits) -> dict[str, int]:
     return {
-        "IS_AHEAD": is_ahead,
+        "even_bits": splits.num_even.bit_length() - 1,
+        "split_bits": splits.max_splits.bit_length() - 1,
+        "least_share": splits.least_share,
+        "most_share": splits.most_share,
+    }
+
+
+def _cut(heads: int, row_bytes: int, dtype: torch.dtype, num_programs: int) -> Cut:
+    """num_programs: of the step, without splits. Few choices, as each is a kernel of its own.
+
+    Measured on an H200 for 128 elements of 16 bits; wider rows take fewer keys. A program of `_attend_ahead` has two tiles on
+    their way in its registers. One head: large tiles where programs are so many that no more fit anyway, or so few that all of
+    a short row should be on its way at once; in between twice as many small ones are faster. Grouped heads: tiles of few rows
+    are loaded ahead, those of more rows go through shared memory.
+    """
+    if heads == 1:
+        room = 4 * MULTIPROCESSORS
+        if num_programs >= FULL_GRID:
+            return Cut(32 if row_bytes <= 256 else 16, 2, 2, True, 4, 128)
+        if num_programs * MAX_SPLITS // 2 <= room:
+            return Cut(32 if row_bytes <= 256 else 16, 2, 2, True, 4, 32)
+        return Cut(16, 2, 2, True, 8, 32, max_registers=128 if row_bytes <= 256 else None)
+    is_ahead = num_programs <= FEW_GROUPS
+    if dtype == torch.float32:  # multiplied outside the tensor cores, and out of registers
+        return Cut(16, 8, 1, is_ahead, 2, 64)
+    tile_keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    if is_ahead:
+        return Cut(max(16, tile_keys // 2), 4, 1, True, 3, 64)
+    return Cut(tile_keys, 4, 1, False, 4, 64)
+
+
+def _decode_options(cut: Cut, heads: int, row_bytes: int, padded_value_dim: int) -> dict[str, int | None]:
+    num_threads, splits_at_once = 32 * cut.num_warps, 16
+    return {
+        "IS_AHEAD": cut.is_ahead,
         "padded_heads": 1 if heads == 1 else max(16, triton.next_power_of_2(heads)),  # tl.dot takes 16 rows at least
-        "tile_keys": tile_keys,
+        "tile_keys": cut.tile_keys,
         # As many keys as the threads can load in a round, or two, with 16 bytes each: a lane's keys are all its own threads'.
-        "lanes": max(1, min(tile_keys, num_rounds * num_warps * 32 * 16 // row_bytes)),
-        "max_splits": MAX_SPLITS,
-        # Of the sums of all splits, what fits 64 registers of each thread.
+        "lanes": max(1, min(cut.tile_keys, cut.num_rounds * num_threads * 16 // row_bytes)),
+        "splits_at_once": splits_at_once,
+        # Of the sums of so many splits, what fits 64 registers of each thread.
         "heads_at_once": max(
-            1, min(triton.next_power_of_2(heads), num_warps * 2048 // (MAX_SPLITS * padded_value_dim))
+            1, min(triton.next_power_of_2(heads), num_threads * 64 // (splits_at_once * padded_value_dim))
         ),
-        "num_warps": num_warps,
+        "num_warps": cut.num_warps,
         "num_stages": 2,
+        "maxnreg": cut.max_registers,
     }
 
 

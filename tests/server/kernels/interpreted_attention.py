@@ -13,34 +13,40 @@ import triton.language as tl  # type: ignore[import-untyped]  # it comes without
 from triton.runtime import interpreter  # type: ignore[import-untyped]  # as above
 
 from hotgraph_server.kernels import attention_triton
-from hotgraph_server.kernels.attention_triton import DeviceRows, launches, triton_attention
+from hotgraph_server.kernels.attention_triton import Cut, DeviceRows, launches, triton_attention
 from tests.server.kernels.naive_attention import Case, Problem, make_problem, naive_attention
 
 CASES: dict[str, Case] = {
     "decode": Case([1, 1, 1], [1, 8, 37], num_heads=2, num_kv_heads=2, num_padding_rows=1, num_padding_tokens=1),
-    "decode, many splits": Case([1], [150], num_heads=1, num_kv_heads=1),
+    "decode, many splits": Case([1], [700], num_heads=1, num_kv_heads=1),
     "decode, not split": Case([1, 1], [70, 20], num_heads=2, num_kv_heads=2, has_sinks=True),
     "decode, not split, group of 3": Case([1, 1], [70, 20], num_heads=3, num_kv_heads=1, window=64),
     "decode, long rows split": Case(
         [1, 1, 1], [120, 32, 40], num_heads=2, num_kv_heads=2, num_padding_rows=1, num_padding_tokens=1
     ),
     "decode, long rows split, group of 3": Case([1, 1], [70, 20], num_heads=3, num_kv_heads=1, has_sinks=True),
+    "decode, more long rows than programs for them": Case(
+        [1] * 4, [250, 20, 500, 300], num_heads=2, num_kv_heads=1, num_padding_rows=1, num_padding_tokens=1
+    ),
+    "decode, long rows, more than are looked at together": Case(
+        [1] * 70, [5] * 66 + [90, 5, 200, 1], num_heads=1, num_kv_heads=1
+    ),
     "mixed, long rows split": Case([1, 1, 9], [90, 20, 40], num_heads=2, num_kv_heads=2, num_padding_tokens=2),
     "decode, group of 3": Case([1, 1], [70, 3], num_heads=9, num_kv_heads=3),
-    "decode, group of 35 in two blocks": Case([1], [50], num_heads=35, num_kv_heads=1),
-    "decode, window, softcap and sinks": Case(
+    "decode, splits, group of 35 in two blocks": Case([1], [150], num_heads=35, num_kv_heads=1),
+    "decode, splits, window, softcap and sinks": Case(
         [1, 1],
         [1, 80],
         num_heads=2,
         num_kv_heads=2,
-        window=20,
+        window=50,
         softcap=2.0,
         has_sinks=True,
         num_padding_rows=1,
         num_padding_tokens=1,
     ),
-    "decode, group, window, softcap and sinks": Case(
-        [1, 1], [90, 10], num_heads=6, num_kv_heads=2, window=50, softcap=2.0, has_sinks=True
+    "decode, splits, group, window, softcap and sinks": Case(
+        [1, 1], [90, 10], num_heads=6, num_kv_heads=2, window=80, softcap=2.0, has_sinks=True
     ),
     "decode, dimensions that are no powers of two": Case([1], [40], key_dim=24, value_dim=10),
     "decode, 16 bits": Case([1, 1], [60, 640], num_heads=1, num_kv_heads=1, dtype=torch.float16),
@@ -90,15 +96,26 @@ def rows_of(problem: Problem) -> DeviceRows:
     )
 
 
+def split_long_rows(monkeypatch: pytest.MonkeyPatch, most_share: int = 32) -> None:
+    """From now on shares are short, and one program of each row and head takes those that have none of their own."""
+    cut = attention_triton._cut
+
+    def of_short_shares(*arguments: Any) -> Cut:
+        return replace(cut(*arguments), least_share=16)
+
+    monkeypatch.setattr(attention_triton, "_cut", of_short_shares)
+    monkeypatch.setattr(attention_triton, "LONG_SHARE", most_share)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They give what the definition gives and 0 for padding, read no NaN, and leave the scratch ready for the next layer."""
     case = CASES[name]
-    if "not split" in name or "long" in name:
+    if "not split" in name or "long rows" in name:
         # A grid that is full by itself would take minutes here.
-        monkeypatch.setattr(attention_triton, "FULL_GRID", 1)
-    if "long" in name:
-        monkeypatch.setattr(attention_triton, "LONG_SHARE", 32)
+        monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
+    if "long rows" in name:
+        split_long_rows(monkeypatch)
     problem = make_problem(case, seed=list(CASES).index(name))
     rows = rows_of(problem)
     out = torch.full((problem.num_tokens, case.num_heads, case.value_dim), torch.nan, dtype=case.dtype)
@@ -110,16 +127,19 @@ def test_it_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     }
     planned = launches(problem.query, problem.keys, problem.values, rows, out, **arguments)
     assert len(planned) == (2 if problem.num_tokens > len(problem.context_lens) > 1 else 1)
-    is_split = name.startswith("decode") and "not split" not in name
-    assert not is_split or planned[0].grid[2] > 1
+    arrivals = planned[0].arguments.get("arrivals")
+    if "split" in name:
+        assert (arrivals is None) == ("not split" in name)
+    if "long rows" in name:
+        assert planned[0].arguments["even_bits"] == 0
+        assert planned[0].grid[2] == 2
 
     triton_attention(problem.query, problem.keys, problem.values, rows, out, **arguments)
 
     tolerance = TOLERANCES[case.dtype]
     torch.testing.assert_close(out.double(), naive_attention(problem), atol=tolerance, rtol=0)
     assert not out[problem.num_real_tokens :].any()
-    scratch = rows.scratch(case.num_heads, planned[0].grid[-1], case.value_dim) if is_split else None
-    assert scratch is None or not scratch.arrivals.any()
+    assert arrivals is None or not arrivals.any()
 
 
 @pytest.mark.parametrize("name", ["chunk after a past", "decode, group of 3"])
@@ -165,8 +185,11 @@ def test_before_its_wait_it_needs_nothing_of_this_step(
         "window": Case([1] * len(lengths), lengths, num_heads=1, num_kv_heads=1, window=50),
         "mixed": Case([1, 1, 5, 9], [40, 16, 20, 9], num_heads=2, num_kv_heads=2),
     }[name]
-    monkeypatch.setattr(attention_triton, "FULL_GRID", 1 if is_full else 256)
-    monkeypatch.setattr(attention_triton, "LONG_SHARE", 64)
+    if is_full:
+        monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
+        monkeypatch.setattr(attention_triton, "FULL_GRID", 1)
+        monkeypatch.setattr(attention_triton, "FEW_GROUPS", 0)
+        split_long_rows(monkeypatch, 64)
     problem = make_problem(replace(case, num_padding_tokens=case.num_padding_rows), seed=1)
     out = torch.full_like(problem.query, torch.nan)
     own = own_places(problem)
@@ -211,6 +234,8 @@ def test_before_its_wait_it_needs_nothing_of_this_step(
     monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_idx", begin_program)
     monkeypatch.setattr(tl.extra.cuda, "gdc_wait", wait)
     monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: None)
+    # It knows no threads either.
+    monkeypatch.setattr(tl, "inline_asm_elementwise", lambda asm, constraints, arguments, **options: arguments[0])
     arguments = {name: value for name, value in launch.arguments.items() if name != "launch_pdl"}
     launch.kernel[launch.grid](**arguments)
 
@@ -239,8 +264,8 @@ def own_places(problem: Problem) -> torch.Tensor:
 @pytest.mark.parametrize("group", [1, 3])
 def test_a_row_is_the_same_whatever_stands_beside_it(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a full grid, split only where it is long, a row gives the same bits beside long rows and short ones."""
-    monkeypatch.setattr(attention_triton, "FULL_GRID", 1)
-    monkeypatch.setattr(attention_triton, "LONG_SHARE", 32)
+    monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
+    split_long_rows(monkeypatch)
     case = Case([1, 1], [90, 20], num_heads=group, num_kv_heads=1)
     problem = make_problem(case, seed=1, max_blocks=16)
     results = []

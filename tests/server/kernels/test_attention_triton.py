@@ -11,17 +11,28 @@ import torch
 
 from hotgraph_server.kernels.attention_triton import (
     FULL_GRID,
-    LANE_GRID,
     LONG_SHARE,
-    LONG_SPLITS,
     MAX_SPLITS,
+    MULTIPROCESSORS,
+    Cut,
     DeviceRows,
-    split_count,
+    launches,
+    split_rows,
     triton_attention,
 )
 from hotgraph_server.kernels.few_rows import tuned
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.interpreter import run_interpreted
+
+
+def rows_of(num_tokens: int, num_rows: int, max_blocks: int) -> DeviceRows:
+    return DeviceRows(
+        block_tables=torch.zeros(num_rows, max_blocks, dtype=torch.int32),
+        context_lens=torch.zeros(num_rows, dtype=torch.int32),
+        query_starts=torch.zeros(num_rows + 1, dtype=torch.int32),
+        num_tokens=num_tokens,
+        block_size=16,
+    )
 
 
 def attend(
@@ -35,13 +46,7 @@ def attend(
 ) -> None:
     query = torch.ones(num_tokens, heads[0], head_dim, dtype=dtype)
     cache = torch.ones(2, 16, heads[1], head_dim, dtype=dtype)
-    rows = DeviceRows(
-        block_tables=torch.zeros(num_rows, max_blocks, dtype=torch.int32),
-        context_lens=torch.zeros(num_rows, dtype=torch.int32),
-        query_starts=torch.zeros(num_rows + 1, dtype=torch.int32),
-        num_tokens=num_tokens,
-        block_size=16,
-    )
+    rows = rows_of(num_tokens, num_rows, max_blocks)
     arguments = {"scaling": 1.0, "window": None, "softcap": None, "sinks": None} | options
     triton_attention(query, cache, cache, rows, torch.empty_like(query), **arguments)
 
@@ -60,11 +65,12 @@ def test_interpreted_kernels_give_what_the_definition_gives() -> None:
 def test_kernels_fit_registers(heads: tuple[int, int], head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For sm_90 all kernels compile in 16 bits: decode with splits and without, tiles; nothing spills."""
     kernels = compile_launches(monkeypatch)
-    attend(1, 1, heads, head_dim)
-    attend(64, 64, heads, head_dim)
-    attend(64, 64, heads, head_dim, max_blocks=1024)
+    attend(1, 1, heads, head_dim, pdl=True)
+    attend(4, 4, heads, head_dim, pdl=True)
+    attend(64, 64, heads, head_dim, pdl=True)
+    attend(64, 64, heads, head_dim, max_blocks=1024, pdl=True)
     attend(64, 1, heads, head_dim)
-    assert [kernel.name for kernel in kernels] == ["decode_kernel"] * 3 + ["tile_kernel"]
+    assert [kernel.name for kernel in kernels] == ["decode_kernel"] * 4 + ["tile_kernel"]
     assert not any(map(spills, kernels))
 
 
@@ -92,11 +98,11 @@ def test_kernels_compile(
     assert all(kernel.metadata.shared <= 227 * 1024 for kernel in kernels)
 
 
-@pytest.mark.parametrize(("max_blocks", "num_variants"), [(8, 4), (1024, 3)], ids=["short rows", "long rows"])
+@pytest.mark.parametrize(("max_blocks", "num_variants"), [(8, 5), (1024, 4)], ids=["short rows", "long rows"])
 def test_no_shape_of_a_step_needs_a_kernel_of_its_own(
     max_blocks: int, num_variants: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a layer's two kernels there are four variants at most, however many tokens, rows, splits or keys seen a step has."""
+    """Of a layer's two kernels there are five variants at most, however many tokens, rows, splits or keys seen a step has."""
     kernels = compile_launches(monkeypatch)
     for num_tokens in (*range(1, 9), 16, 17, 31, 32, 40, 63, 64, 100, 128, 200, 256):
         attend(num_tokens, num_tokens, (8, 8), 64, max_blocks=max_blocks)
@@ -131,15 +137,16 @@ def test_in_a_chain_decode_waits_on_all_its_ways(heads: tuple[int, int], monkeyp
             machine_code = kernel.asm["sass"]
             # Tables, keys and values stand before the wait; nothing is written there.
             before, after, left = machine_code.split("ACQBULK")
-            assert not any(word in before for word in ("STG", "RED", "ATOM", "STL"))
+            assert not re.search(r"\b(STG|RED|ATOMG?|STL)\b", before)
             assert "STG" in after
-            assert not any(word in left for word in ("LDG", "STG", "RED", "ATOM"))
+            assert not re.search(r"\b(LDG|STG|RED|ATOMG?)\b", left)
 
 
 @pytest.mark.parametrize(
     ("heads", "num_rows", "dtype", "head_dim"),
     [
         ((32, 32), 1, torch.float16, 128),
+        ((32, 32), 4, torch.float16, 128),
         ((32, 32), 8, torch.bfloat16, 128),
         ((32, 32), 64, torch.float16, 64),
         ((32, 8), 1, torch.bfloat16, 128),
@@ -159,14 +166,15 @@ def test_two_tiles_are_requested_before_the_wait(
     (kernel,) = kernels
     assert not spills(kernel)
     num_threads = 32 * kernel.metadata.num_warps
-    tile_keys = 16 if heads[0] == heads[1] and num_rows != 8 else 32
+    tile_keys = 16 if num_rows == 4 else 32
     num_loads = 2 * 2 * tile_keys * head_dim * 2 // (16 * num_threads)
     before, after, _ = kernel.asm["sass"].split("ACQBULK")
     assert len(re.findall(r"LDG\.E\.128", before)) == num_loads
     # The two tiles again, for the token's own position, and then the query.
     loads = re.findall(r"(LDG\.E\.128|HADD2|PRMT|HMMA|HFMA2\.BF16|BAR\.SYNC)", after)
     assert loads[: num_loads + 1] == ["LDG.E.128"] * (num_loads + 1)
-    assert num_registers(kernel) <= 168
+    num_together = 8 if tile_keys == 16 else 4 if heads[0] == heads[1] else 3
+    assert -(-num_registers(kernel) // 8) * 8 * num_threads * num_together <= 65536
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 9, 16])
@@ -176,51 +184,86 @@ def test_what_stands_before_attention_in_a_chain_lets_it_start_late(num_rows: in
     assert tuned(num_rows, *widths, is_gated=False, is_normed=True).triggers_late
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 32, 40, 71, 300])
-def test_splits_fill_the_grid(num_kv_heads: int) -> None:
-    """There are no more splits than fill the grid, at most 16, whatever the context."""
+CUTS = (Cut(32, 2, 2, True, 4, 128), Cut(16, 2, 2, True, 8, 32), Cut(64, 4, 1, False, 4, 64))
+
+
+@pytest.mark.parametrize("num_programs", [1, 3, 8, 32, 40, 71, 300])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_splits_fill_the_grid(cut: Cut, num_programs: int) -> None:
+    """Rows of one length get as many programs as run at a time, or nearly; no more, and none that no row could need."""
     for num_rows in range(1, 65):
-        for is_grouped, wanted in ((True, FULL_GRID), (False, LANE_GRID)):
-            num_programs = num_rows * num_kv_heads
-            if num_programs >= FULL_GRID:
+        room = MULTIPROCESSORS * cut.num_together
+        for max_context in (16, 4096, 1 << 20):
+            splits = split_rows(num_rows, num_programs, cut, max_context=max_context)
+            num_used = num_rows * num_programs * splits.num_even
+            useful = min(-(-max_context // cut.least_share), MAX_SPLITS)
+            assert splits.num_even == 1 or num_used <= room
+            assert splits.num_even >= useful or 2 * num_used > room
+            assert splits.num_even == 1 or splits.num_even < 2 * useful
+            assert splits.num_even <= splits.max_splits <= MAX_SPLITS
+            assert all(number.bit_count() == 1 for number in (splits.num_even, splits.max_splits))
+
+
+@pytest.mark.parametrize(("num_rows", "num_programs"), [(8, 32), (64, 32), (32, 8), (200, 32)])
+def test_long_rows_have_more_shares_than_others(num_rows: int, num_programs: int) -> None:
+    """So many that none is longer than LONG_SHARE, within the scratch; their programs fill the GPU; a lone row has none."""
+    for cut in CUTS:
+        most_parts = 0
+        for max_context in (16, LONG_SHARE, LONG_SHARE + 1, 16384, 1 << 20):
+            splits = split_rows(num_rows, num_programs, cut, max_context=max_context)
+            if max_context <= LONG_SHARE * splits.num_even:
+                assert splits.num_extra == 0
+                assert splits.max_splits == splits.num_even
                 continue
-            counts = {
-                split_count(num_rows, num_kv_heads, is_grouped=is_grouped, max_context=context)
-                for context in (16, 4096, 1 << 20)
-            }
-            assert len(counts) == 1
-            num_splits = counts.pop()
-            assert num_splits > 1
-            assert num_splits == MAX_SPLITS or num_programs * num_splits >= wanted
-            assert num_programs * num_splits < 2 * wanted
+            most_parts = max(most_parts, splits.max_splits * num_rows)
+            is_bounded = splits.max_splits == MAX_SPLITS or 2 * splits.max_splits * num_rows > 1024
+            assert is_bounded or splits.max_splits * LONG_SHARE >= max_context
+            num_extra_programs = splits.num_extra * num_rows * num_programs
+            assert num_extra_programs >= MULTIPROCESSORS * cut.num_together or splits.num_extra == (
+                splits.max_splits - splits.num_even
+            )
+            assert split_rows(1, num_programs, cut, max_context=max_context).num_extra == 0
+        assert most_parts <= max(1024, 4 * num_rows)
 
 
-@pytest.mark.parametrize(("num_rows", "num_kv_heads"), [(8, 32), (64, 32), (32, 8)])
-def test_a_full_grid_is_split_for_long_rows_only(num_rows: int, num_kv_heads: int) -> None:
-    """By what it can have at most: not up to LONG_SHARE keys, then so that shares are no longer, up to LONG_SPLITS."""
-    for is_grouped in (False, True):
-
-        def count(max_context: int, *, is_grouped: bool = is_grouped) -> int:
-            return split_count(num_rows, num_kv_heads, is_grouped=is_grouped, max_context=max_context)
-
-        assert count(16) == count(LONG_SHARE) == 1
-        assert count(LONG_SHARE + 1) == count(2 * LONG_SHARE) == 2
-        assert count(1 << 20) == LONG_SPLITS
+@pytest.mark.parametrize(
+    ("num_rows", "heads", "wanted"),
+    [
+        (1, (32, 32), (16, 32, 2)),
+        (2, (32, 32), (16, 16, 2)),
+        (4, (32, 32), (8, 16, 2)),
+        (8, (32, 32), (2, 32, 2)),
+        (64, (32, 32), (1, 32, 2)),
+        (1, (32, 8), (32, 32, 4)),
+        (2, (32, 8), (16, 32, 4)),
+        (8, (32, 8), (8, 64, 4)),
+        (64, (32, 8), (1, 64, 4)),
+    ],
+    ids=str,
+)
+def test_what_was_measured_is_taken(num_rows: int, heads: tuple[int, int], wanted: tuple[int, int, int]) -> None:
+    """For the sizes that were timed on an H200: splits of each row, keys of a tile, and warps."""
+    query = torch.ones(num_rows, heads[0], 128, dtype=torch.float16)
+    cache = torch.ones(1, 16, heads[1], 128, dtype=torch.float16)
+    arguments: dict[str, Any] = {"scaling": 1.0, "window": None, "softcap": None, "sinks": None}
+    (launch,) = launches(query, cache, cache, rows_of(num_rows, num_rows, 256), torch.empty_like(query), **arguments)
+    found = (1 << launch.arguments["even_bits"], launch.arguments["tile_keys"], launch.arguments["num_warps"])
+    assert found == wanted
+    assert launch.grid[:2] == (num_rows, heads[1])
+    assert launch.grid[2] >= wanted[0]
+    assert FULL_GRID == 256
 
 
 def test_a_window_bounds_how_long_a_row_is() -> None:
-    """A layer that sees few keys is not split in a full grid, beside one of the same step that sees all."""
-    rows = DeviceRows(
-        block_tables=torch.zeros(64, 1024, dtype=torch.int32),
-        context_lens=torch.zeros(64, dtype=torch.int32),
-        query_starts=torch.zeros(65, dtype=torch.int32),
-        num_tokens=64,
-        block_size=16,
-    )
-    assert rows.num_splits(8, 32, None) == LONG_SPLITS
-    assert rows.num_splits(8, 32, 512) == 1
-    scratch = rows.scratch(32, LONG_SPLITS, 128)
+    """A layer that sees few keys has no programs for long rows, beside one of the same step that sees all; and the scratch."""
+    rows = rows_of(64, 64, 1024)
+    cut = CUTS[0]
+    assert rows.splits(32, cut, None).num_extra > 0
+    assert rows.splits(32, cut, 512).num_layers == 1
+    num_splits = rows.splits(32, cut, None).max_splits
+    assert num_splits == 16
+    scratch = rows.scratch(32, num_splits, 128)
     assert scratch is not None
-    assert scratch.sums.shape == (64, 32, LONG_SPLITS, 128)
-    assert rows.scratch(32, LONG_SPLITS, 128) is scratch
+    assert scratch.sums.shape == (64, 32, num_splits, 128)
+    assert rows.scratch(32, num_splits, 128) is scratch
     assert rows.scratch(32, 1, 128) is None
