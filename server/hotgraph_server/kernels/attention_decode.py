@@ -588,7 +588,7 @@ def decode_kernel(
     if num_used <= 1:
         result = finish(maximum, total, summed, sinks, heads, is_head)
         store(row_out, result, heads, is_head, value_dims, value_dim)
-    elif sums is not None:  # with one split there is no such tensor, and nothing to compile here
+    else:
         places = ((row * num_heads + heads) << split_bits) + split
         tl.store(
             sums + places[:, None] * value_dim + value_dims[None, :],

@@ -124,10 +124,8 @@ class DeviceRows:
             self.num_rows, num_programs, cut, max_context=max_context if window is None else min(max_context, window)
         )
 
-    def scratch(self, num_heads: int, num_splits: int, value_dim: int) -> Scratch | None:
-        """One for all layers of this shape, as they run one after the other; None when rows are not split."""
-        if num_splits == 1:
-            return None
+    def scratch(self, num_heads: int, num_splits: int, value_dim: int) -> Scratch:
+        """One for all layers of this shape, as they run one after the other."""
         key = (num_heads, num_splits, value_dim)
         scratch = self._scratch.get(key)
         if scratch is None:
@@ -152,14 +150,16 @@ def split_rows(num_rows: int, num_programs: int, cut: Cut, *, max_context: int) 
     num_even = 1
     while 2 * num_even <= MAX_SPLITS and num_even < useful and 2 * num_even * num_rows * num_programs <= room:
         num_even *= 2
-    max_splits = num_even
+    max_splits = max(num_even, 2)  # so that there is scratch always, and no kernel for steps without
     # A lone row has no others to keep waiting.
     while num_rows > 1 and max_splits < MAX_SPLITS and max_splits * LONG_SHARE < max_context:
         if max_splits >= 4 and 2 * max_splits * num_rows > _MAX_PARTS:
             break
         max_splits *= 2
-    # As many as can run at a time, or else one for each share that there can be.
-    num_extra = min(max_splits - num_even, max(1, -(-room // (num_programs * num_rows))))
+    num_extra = 0
+    if num_rows > 1 and num_even * LONG_SHARE < max_context:
+        # As many as can run at a time, or else one for each share that there can be.
+        num_extra = min(max_splits - num_even, max(1, -(-room // (num_programs * num_rows))))
     return Splits(num_even, max_splits, num_extra, cut.least_share, max(LONG_SHARE, cut.least_share))
 
 
@@ -260,7 +260,7 @@ def launches(
         if pdl:  # named only where it is wanted: the interpreter does not know it
             arguments["launch_pdl"] = True
         for name in ("sums", "maxima", "totals", "arrivals"):
-            arguments[name] = None if scratch is None else getattr(scratch, name)
+            arguments[name] = getattr(scratch, name)
         result.append(Launch(decode_kernel, (rows.num_rows, num_programs, splits.num_layers), arguments))
     if not is_decode:
         tile_options = _tile_options(heads, row_bytes, keys.dtype)

@@ -98,11 +98,9 @@ def test_kernels_compile(
     assert all(kernel.metadata.shared <= 227 * 1024 for kernel in kernels)
 
 
-@pytest.mark.parametrize(("max_blocks", "num_variants"), [(8, 5), (1024, 4)], ids=["short rows", "long rows"])
-def test_no_shape_of_a_step_needs_a_kernel_of_its_own(
-    max_blocks: int, num_variants: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a layer's two kernels there are five variants at most, however many tokens, rows, splits or keys seen a step has."""
+@pytest.mark.parametrize("max_blocks", [8, 1024], ids=["short rows", "long rows"])
+def test_no_shape_of_a_step_needs_a_kernel_of_its_own(max_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer's two kernels there are three variants, however many tokens, rows, splits or keys seen a step has."""
     kernels = compile_launches(monkeypatch)
     for num_tokens in (*range(1, 9), 16, 17, 31, 32, 40, 63, 64, 100, 128, 200, 256):
         attend(num_tokens, num_tokens, (8, 8), 64, max_blocks=max_blocks)
@@ -111,7 +109,7 @@ def test_no_shape_of_a_step_needs_a_kernel_of_its_own(
             attend(num_tokens, num_rows, (8, 8), 64, max_blocks=max_blocks)
     for window in (1, 16, 100):
         attend(32, 16, (8, 8), 64, max_blocks=max_blocks, window=window)
-    assert len({id(kernel) for kernel in kernels}) == num_variants
+    assert len({id(kernel) for kernel in kernels}) == 3
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
@@ -213,7 +211,7 @@ def test_long_rows_have_more_shares_than_others(num_rows: int, num_programs: int
             splits = split_rows(num_rows, num_programs, cut, max_context=max_context)
             if max_context <= LONG_SHARE * splits.num_even:
                 assert splits.num_extra == 0
-                assert splits.max_splits == splits.num_even
+                assert splits.max_splits == max(splits.num_even, 2)
                 continue
             most_parts = max(most_parts, splits.max_splits * num_rows)
             is_bounded = splits.max_splits == MAX_SPLITS or 2 * splits.max_splits * num_rows > 1024
@@ -263,7 +261,5 @@ def test_a_window_bounds_how_long_a_row_is() -> None:
     num_splits = rows.splits(32, cut, None).max_splits
     assert num_splits == 16
     scratch = rows.scratch(32, num_splits, 128)
-    assert scratch is not None
     assert scratch.sums.shape == (64, 32, num_splits, 128)
     assert rows.scratch(32, num_splits, 128) is scratch
-    assert rows.scratch(32, 1, 128) is None

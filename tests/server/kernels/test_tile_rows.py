@@ -85,12 +85,14 @@ def assert_ring(kernel: Any, tuning: TileTuning, room: int, *, is_paired: bool) 
     assert not re.search(r"\b(STG|RED|ATOM)", before)
     assert before.index("UTMACCTL.PF") < before.index("UTMALDG")
     assert "FENCE.VIEW.ASYNC.G" in after[: after.index("UTMALDG.2D")]
-    # The tensor cores are not waited for within a step of the loop, and the next kernel is let start behind it.
-    loop, end = after.split("PREEXIT")
+    # The tensor cores are not waited for within a step of the loop, and the next kernel is let start behind it, or before.
+    start, end = after.split("PREEXIT")
+    loop, other = (start, end) if tuning.triggers_late else (end, start)
     assert not re.search(r"\bHMMA", loop)
     assert loop.count("HGMMA") == 4 * tuning.parts * (tuning.tile_rows // (16 * tuning.num_warps))
-    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", loop) == [hex(tuning.parts)]
-    assert "HGMMA" not in end
+    last = [] if tuning.triggers_late else ["0x0"]  # all products, which then are waited for here
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", loop) == [hex(tuning.parts), *last]
+    assert "HGMMA" not in other
     # All warps are done with a stage when it is requested anew, if the ring does not hold all there is.
     refill = loop[loop.index("WARPGROUP.DEPBAR") :]
     if "UTMALDG.2D" in refill:
