@@ -12,7 +12,9 @@ from graphcache import Ladder
 from hotgraph_server.batch import Sampler, StepKey
 
 DECODE_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-TOKEN_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
+# What a step takes grows in stairs, those of cuBLAS. On an H200, for a 7B Llama, 384, 400, 416, 448, 480 and 512 tokens took
+# 7.94, 8.75, 9.48, 9.81, 9.82 and 10.35 ms: a size stands where a stair ends.
+TOKEN_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 400, 480, 512)
 ROW_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 SAMPLERS = (Sampler.GREEDY, Sampler.GUMBEL, Sampler.FILTERED)

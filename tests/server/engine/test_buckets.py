@@ -58,6 +58,8 @@ def test_larger_keys_can_do_the_work(num_rows: int, more: int, sampler: Sampler)
         (8, 7, (16, 8)),
         (33, 1, (48, 1)),
         (130, 3, (160, 4)),
+        (400, 1, (400, 1)),
+        (401, 1, (480, 1)),
         (512, 64, (512, 64)),
     ],
 )
