@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from hotgraph_server.kernels.attention_triton import DeviceRows, Launch, launches
+from hotgraph_server.kernels.attention_triton import LONG_SHARE, DeviceRows, Launch, launches
 from hotgraph_server.kernels.few_rows import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.rope import RopePlan
 
@@ -37,7 +37,10 @@ _MAX_LAYERS = 48
 
 @dataclass(frozen=True)
 class Candidate:
-    """How decode is cut up. rounds: loads of 16 bytes of a thread that a lane's keys take; least_share: keys of a split."""
+    """How decode is cut up. rounds: loads of 16 bytes of a thread that a lane's keys take; the rest: see `Splits` and `Cut`.
+
+    splits: a row's that have programs of their own.
+    """
 
     splits: int
     tile_keys: int
@@ -45,6 +48,14 @@ class Candidate:
     rounds: int = 1
     is_ahead: bool = True
     least_share: int = 16
+    max_splits: int = 0
+    num_extra: int = 0
+    max_registers: int | None = None
+
+    @property
+    def num_parts(self) -> int:
+        """Splits that a row has at most."""
+        return max(self.splits, self.max_splits, 2)
 
 
 class Step:
@@ -86,7 +97,6 @@ class Step:
             num_tokens=len(lengths),
             block_size=BLOCK_SIZE,
         )
-        self._scratch: dict[int, dict[str, torch.Tensor | None]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -122,25 +132,33 @@ class Step:
             "num_warps": candidate.num_warps,
             "lanes": min(candidate.tile_keys, lanes),
             "least_share": candidate.least_share,
+            "most_share": LONG_SHARE if candidate.num_extra else 1 << 30,
+            "even_bits": candidate.splits.bit_length() - 1,
+            "split_bits": candidate.num_parts.bit_length() - 1,
+            "maxnreg": candidate.max_registers,
             "heads_at_once": max(
                 1, min(2 ** math.ceil(math.log2(heads)), candidate.num_warps * 2048 // (16 * HEAD_DIM))
             ),
-            **self._room(candidate.splits),
+            **self._room(candidate.num_parts),
         }
-        return Launch(launch.kernel, (*launch.grid[:2], candidate.splits), arguments)
+        return Launch(launch.kernel, (*launch.grid[:2], candidate.splits + candidate.num_extra), arguments)
 
     def current(self) -> Candidate:
         """What is taken without being told."""
         launch = self.launch(0, None, pdl=False)
         found = launch.arguments
         loads = found["lanes"] * 2 * HEAD_DIM // (found["num_warps"] * 32 * 16)
+        splits = 1 << found["even_bits"]
         return Candidate(
-            launch.grid[2],
+            splits,
             found["tile_keys"],
             found["num_warps"],
             max(1, loads) if found["padded_heads"] == 1 else 1,
             found["IS_AHEAD"],
             found["least_share"],
+            1 << found["split_bits"],
+            launch.grid[2] - splits,
+            found["maxnreg"],
         )
 
     def run(self, layer: int, candidate: Candidate, *, pdl: bool) -> None:
@@ -148,12 +166,9 @@ class Step:
         launch = self.launch(layer, candidate, pdl=pdl)
         launch.kernel[launch.grid](**launch.arguments)
 
-    def _room(self, splits: int) -> dict[str, torch.Tensor | None]:
-        if splits not in self._scratch:
-            scratch = self.rows.scratch(self.query.shape[1], splits, HEAD_DIM)
-            names = ("sums", "maxima", "totals", "arrivals")
-            self._scratch[splits] = {name: None if scratch is None else getattr(scratch, name) for name in names}
-        return self._scratch[splits]
+    def _room(self, splits: int) -> dict[str, torch.Tensor]:
+        scratch = self.rows.scratch(self.query.shape[1], splits, HEAD_DIM)
+        return {name: getattr(scratch, name) for name in ("sums", "maxima", "totals", "arrivals")}
 
     def microseconds(self, candidate: Candidate) -> float:
         """Of a layer, one behind the other with PDL."""
@@ -222,14 +237,19 @@ def graph_microseconds(works: Sequence[Callable[[], object]], *, num_replays: in
 
 
 def candidates(current: Candidate, *, is_grouped: bool) -> Iterator[Candidate]:
-    """The current one, and others: fewer splits and more, smaller tiles and larger."""
+    """The current one, and others: fewer splits and more, smaller tiles and larger, shorter shares and longer."""
     yield current
-    cuts = [(16, 2, 2, True), (32, 4, 1, True), (16, 4, 1, True), (32, 2, 2, True)]
+    cuts = [(16, 2, 2, True), (32, 2, 2, True), (32, 4, 1, True)]
     if is_grouped:
-        cuts = [(16, 2, 1, True), (32, 4, 1, True), (16, 4, 1, True), (64, 4, 1, False)]
-    for splits in sorted({max(1, current.splits // 2), current.splits, min(16, current.splits * 2)}):
+        cuts = [(32, 4, 1, True), (64, 4, 1, False), (16, 4, 1, True)]
+    for splits in sorted({max(1, current.splits // 2), current.splits, min(32, current.splits * 2)}):
         for cut in cuts if splits == current.splits else cuts[:2]:
-            yield Candidate(splits, *cut, least_share=16 if splits > 1 else current.least_share)
+            is_small = cut == (16, 2, 2, True)
+            yield Candidate(splits, *cut, least_share=current.least_share, max_registers=128 if is_small else None)
+    if current.num_extra:
+        yield replace(current, num_extra=0, max_splits=0)
+    yield replace(current, least_share=16)
+    yield replace(current, least_share=2 * current.least_share)
 
 
 def _compile(variant: tuple[tuple[int, int], Candidate]) -> None:
@@ -266,17 +286,19 @@ def plan() -> dict[tuple[tuple[int, int], int, int], list[Candidate]]:
 
 
 def long_rows() -> Iterator[tuple[int, list[int]]]:
-    """Steps of a full grid at 32 KV heads: all rows short, and one of them long."""
-    for rows in (8, 64):
+    """All rows short, one of them long, the first or the last, and half of them long."""
+    for rows in (4, 8, 64):
         yield rows, [256] * rows
         yield rows, [LONG_CONTEXT] + [256] * (rows - 1)
+        yield rows, [256] * (rows - 1) + [LONG_CONTEXT]
+        yield rows, [4096] * (rows // 2) + [256] * (rows - rows // 2)
 
 
 def main(path: Path) -> None:
     """Writes all times, in microseconds, and prints a table."""
     planned = plan()
     compiled = {
-        (heads, replace(candidate, splits=min(candidate.splits, 2), least_share=16))
+        (heads, replace(candidate, splits=2, least_share=16, max_splits=0, num_extra=0))
         for (heads, _, _), tries in planned.items()
         for candidate in tries
     }
@@ -298,12 +320,16 @@ def main(path: Path) -> None:
             _print(f"  in a chain with products of {without:.1f} us", found, step.num_bytes)
         del step
     for rows, lengths in long_rows():
-        step = Step(lengths, (32, 32), max_context=LONG_CONTEXT)
-        current = step.current()
-        found = _timed([replace(current, splits=splits) for splits in (1, 2, 4, 8)], step.microseconds)
-        result["long"].append({"rows": rows, "longest": max(lengths), "current": asdict(current), "found": found})
-        _print(f"{rows:2} rows, longest {max(lengths):5}, takes {current.splits} splits", found, step.num_bytes)
-        del step
+        for heads in HEADS:
+            step = Step(lengths, heads, max_context=LONG_CONTEXT)
+            current = step.current()
+            # Beside it: without programs for long rows, and a grid that has one for every share there can be.
+            plain = [replace(current, splits=splits, max_splits=0, num_extra=0) for splits in (current.splits, 16)]
+            found = _timed([current, *plain], step.microseconds)
+            result["long"].append({"heads": heads, "lengths": lengths, "current": asdict(current), "found": found})
+            name = f"{heads[0]}/{heads[1]} heads {rows:2} rows, {lengths[0]} to {lengths[-1]} keys"
+            _print(f"{name}, takes {current.splits} splits and {current.num_extra}", found, step.num_bytes)
+            del step
     path.write_text(json.dumps(result, indent=1))
 
 

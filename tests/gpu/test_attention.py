@@ -257,6 +257,24 @@ def test_a_long_row_in_a_full_grid(group: int) -> None:
     assert not torch.equal(beside_short_rows[3:], result[3:])
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("num_rows", [2, 4, 8, 64])
+def test_rows_of_all_lengths_beside_each_other(num_rows: int, group: int) -> None:
+    """One long row wherever it stands, and more long rows than there are programs for: the definition, the same bits again."""
+    for lengths in (
+        [9000, *[40] * (num_rows - 1)],
+        [*[40] * (num_rows - 1), 9000],
+        [9000 - 100 * (row % 8) for row in range(num_rows)],
+        [9000 if row % 2 else 1 for row in range(num_rows)],
+    ):
+        case = Case([1] * num_rows, lengths, 8 * group, 8, 128, 128, block_size=16, dtype=torch.float16)
+        problem = make_problem(case, 1, CUDA, max_blocks=600)
+        plan = plan_of(problem)
+        result = attend(problem, plan)
+        check(result, problem)
+        assert torch.equal(attend(problem, plan), result)
+
+
 def seconds_per_call(calls: list[Callable[[], torch.Tensor]]) -> float:
     """In a graph of all of them, one after the other, the median of 20 replays."""
     for call in calls[:2]:

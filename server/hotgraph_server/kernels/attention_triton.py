@@ -160,7 +160,8 @@ def split_rows(num_rows: int, num_programs: int, cut: Cut, *, max_context: int) 
     if num_rows > 1 and num_even * LONG_SHARE < max_context:
         # As many as can run at a time, or else one for each share that there can be.
         num_extra = min(max_splits - num_even, max(1, -(-room // (num_programs * num_rows))))
-    return Splits(num_even, max_splits, num_extra, cut.least_share, max(LONG_SHARE, cut.least_share))
+    most_share = max(LONG_SHARE, cut.least_share) if num_extra > 0 else _NO_WINDOW
+    return Splits(num_even, max_splits, num_extra, cut.least_share, most_share)
 
 
 def triton_attention(

@@ -3,6 +3,9 @@
 It knows no GPU: what measures, compiles and checks is a `Bench` (`tuner_gpu.py` has the real one), which tests replace. Kernels
 of a chain overlap, so a cut that is best alone may be worse between its neighbours: the chain decides.
 
+The time is shared out evenly: what is compiled is the same part of every chain, and each chain, and each product of it, has the
+same time to be measured in, or more where others need less.
+
 Every verdict is by two rounds: a quick one over all cuts, and one that measures the few best again, in turn with what they
 would replace, so that a GPU that gets slower meanwhile does so for all of them.
 """
@@ -27,7 +30,7 @@ NUM_FINALISTS = 3
 NUM_READINGS = 5  # of each finalist
 NUM_LAST_READINGS = 9  # of what was found and of the rule, in turn
 NUM_ROUNDS = 2
-_COMPILE_SHARE = 0.6  # of the time for a number of rows that may go by before measuring begins
+_COMPILE_SHARE = 0.6  # of the time that may go by before measuring begins
 
 Choices = Mapping[str, Sequence[Tuning]]
 """Of each product of the chain, what may be tried; the first one is the rule's."""
@@ -48,8 +51,11 @@ class Bench(Protocol):
     @property
     def shape(self) -> ChainShape: ...
 
-    def compiled(self, rows: int, choices: Choices, until: float, report: Report) -> Choices:
-        """Those of the choices that are compiled at the time `until`, in their order, and always the first of each product."""
+    def compiled(self, choices: Mapping[int, Choices], until: float, report: Report) -> Mapping[int, Choices]:
+        """Of the choices of each row class those compiled at the time `until`, in order, and always each product's first.
+
+        All classes get on alike, from what stands first for them to what stands last.
+        """
         ...
 
     def chain_seconds(self, rows: int, tunings: Mapping[str, Tuning]) -> float:
@@ -121,18 +127,19 @@ def tune_chain(
 
     Whatever the time, no product gets a cut that was not measured to be faster in the chain and checked to be right.
     """
-    end = clock.monotonic() + seconds
+    begin = clock.monotonic()
+    choices = {
+        row: {name: candidates(shape, row) for name, shape in bench.shape.products.items()}
+        for row in dict.fromkeys(rows)
+    }
+    compiled = bench.compiled(choices, begin + seconds * _COMPILE_SHARE, report)
     products, chains = [], []
     for index, row in enumerate(rows):
-        begin = clock.monotonic()
-        own_end = begin + max(end - begin, 0.0) / (len(rows) - index)
-        choices = {name: candidates(shape, row) for name, shape in bench.shape.products.items()}
-        num_choices = sum(map(len, choices.values()))
-        compiled = bench.compiled(row, choices, begin + (own_end - begin) * _COMPILE_SHARE, report)
-        search = _Search(bench, row, compiled, own_end, clock, report)
+        end = _share_end(clock, begin + seconds, len(rows) - index)
+        search = _Search(bench, row, compiled[row], end, clock, report)
         found = search.run()
         products += [_product_times(bench, row, name, cut) for name, cut in found.items()]
-        chains.append(search.times(num_choices))
+        chains.append(search.times(sum(map(len, choices[row].values()))))
     # Where the time did not suffice, the rule was not found to be the best, and must not replace what was.
     whole = {chain.rows for chain in chains if chain.is_whole}
     measured = [
@@ -141,6 +148,12 @@ def tune_chain(
         if times.tuning != times.rule or times.rows in whole
     ]
     return Tuned(table_of(measured, "hotgraph tune"), tuple(products), tuple(chains))
+
+
+def _share_end(clock: Clock, end: float, num_left: int) -> float:
+    """When the first of so many has to be done, so that all have as much of the time until `end`."""
+    now = clock.monotonic()
+    return now + max(end - now, 0.0) / num_left
 
 
 def _product_times(bench: Bench, rows: int, name: str, tuning: Tuning) -> ProductTimes:
@@ -172,8 +185,8 @@ class _Search:
         """The cuts found; the rule's, all of them, when those together are not faster."""
         for _ in range(NUM_ROUNDS):
             before = dict(self._best)
-            for name in self._choices:
-                self._sweep(name)
+            for index, name in enumerate(self._choices):
+                self._sweep(name, _share_end(self._clock, self._end, len(self._choices) - index))
             if self._best == before or not self._is_whole:
                 break
         self._compare_with_rule()
@@ -191,13 +204,13 @@ class _Search:
             wrong=tuple(self._wrong),
         )
 
-    def _sweep(self, name: str) -> None:
+    def _sweep(self, name: str, end: float) -> None:
         """Takes the best cut of one product, the others as they are, and leaves the few best for the next round."""
         own = self._best[name]
         found: dict[Tuning, float] = {}
         cuts = [cut for cut in self._choices[name] if cut != own]
         for index, cut in enumerate(cuts):
-            if self._clock.monotonic() >= self._end:
+            if self._clock.monotonic() >= end:
                 self._is_whole = False
                 break
             found[cut] = self._measure({**self._best, name: cut})

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from types import TracebackType
 from typing import Any
@@ -52,31 +52,34 @@ class CompilePool:
     ) -> None:
         self.close()
 
-    def compiled(self, rows: int, choices: Choices, until: float, report: Report) -> Choices:
+    def compiled(self, choices: Mapping[int, Choices], until: float, report: Report) -> Mapping[int, Choices]:
         """See `tuner.Bench`; `until` is by time.monotonic. The rest is given up, and what cannot be compiled is logged."""
-        futures: dict[Future[None], tuple[str, Tuning]] = {}
+        futures: dict[Future[None], tuple[int, str, Tuning]] = {}
+        all_cuts = [(rows, name, cuts) for rows, of_rows in choices.items() for name, cuts in of_rows.items()]
         # What differs least from the rule comes first for every product, for the case that the time does not suffice.
-        for index in range(max(map(len, choices.values()))):
-            for name, cuts in choices.items():
+        for index in range(max(len(cuts) for _, _, cuts in all_cuts)):
+            for rows, name, cuts in all_cuts:
                 if index < len(cuts):
-                    future = self._submitted(name, rows, cuts[index])
-                    futures[future] = (name, cuts[index])
+                    futures[self._submitted(name, rows, cuts[index])] = (rows, name, cuts[index])
         waiting: set[Future[None]] = set(futures)
         while waiting and (left := until - time.monotonic()) > 0:
             _, waiting = wait(waiting, min(left, _POLL_SECONDS))
-            report(f"rows {rows}: compiling", len(futures) - len(waiting), len(futures))
+            report("compiling", len(futures) - len(waiting), len(futures))
         for future in waiting:
             future.cancel()
         errors = {future: future.exception() for future in set(futures) - waiting}
         ready = {futures[future] for future, error in errors.items() if error is None}
         failed = [(futures[future], error) for future, error in errors.items() if error is not None]
         if failed:
-            (name, cut), error = failed[0]
-            what = f"{name} as {cut}: {type(error).__name__}: {error}"
+            (rows, name, cut), error = failed[0]
+            what = f"{name} for {rows} rows as {cut}: {type(error).__name__}: {error}"
             logger.warning("%d tunings cannot be compiled and are left aside, such as %s", len(failed), what[:500])
         return {
-            name: [cut for index, cut in enumerate(cuts) if index == 0 or (name, cut) in ready]
-            for name, cuts in choices.items()
+            rows: {
+                name: [cut for index, cut in enumerate(cuts) if index == 0 or (rows, name, cut) in ready]
+                for name, cuts in of_rows.items()
+            }
+            for rows, of_rows in choices.items()
         }
 
     def _submitted(self, name: str, rows: int, cut: Tuning) -> Future[None]:

@@ -152,11 +152,11 @@ class GpuBench:
         """Of the chain."""
         return self._chain.num_layers
 
-    def compiled(self, rows: int, choices: Choices, until: float, report: Report) -> Choices:
+    def compiled(self, choices: Mapping[int, Choices], until: float, report: Report) -> Mapping[int, Choices]:
         """See `tuner.Bench`. What is not compiled in time goes on in the background."""
         if self._pool is None:
             self._pool = CompilePool(self.shape)
-        return self._pool.compiled(rows, choices, until, report)
+        return self._pool.compiled(choices, until, report)
 
     def chain_seconds(self, rows: int, tunings: Mapping[str, Tuning]) -> float:
         """See `tuner.Bench`."""

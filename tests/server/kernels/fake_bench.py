@@ -24,7 +24,10 @@ def distance(cut: Tuning, other: Tuning) -> float:
 
 
 class FakeBench:
-    """A `tuner.Bench`. cost: what a cut adds; compiles: a cut a product in so many seconds; wrong: what gives nonsense."""
+    """A `tuner.Bench`. cost: what a cut adds; wrong: what gives nonsense.
+
+    It compiles a cut of a product in compile_seconds, and nothing before start_seconds.
+    """
 
     def __init__(
         self,
@@ -33,15 +36,18 @@ class FakeBench:
         *,
         clock: FakeClock | None = None,
         compile_seconds: float = 0.0,
+        start_seconds: float = 0.0,
         noise: float = 0.0,
         wrong: Callable[[int, str, Tuning], bool] = lambda rows, name, cut: False,
     ) -> None:
         self.shape = shape
         self.clock = clock or FakeClock()
         self.num_measured = 0
+        self.measured: list[tuple[int, str]] = []  # of each reading, what was not cut as by the rule
         self.checked: list[tuple[int, str, Tuning]] = []
         self._cost = cost
         self._compile_seconds = compile_seconds
+        self._start_seconds = start_seconds
         self._noise = noise
         self._wrong = wrong
         self._random = random.Random(7)
@@ -53,16 +59,18 @@ class FakeBench:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def compiled(self, rows: int, choices: Choices, until: float, report: Report) -> Choices:
-        kept: dict[str, list[Tuning]] = {name: [] for name in choices}
-        for index in range(max(map(len, choices.values()))):
-            for name, cuts in choices.items():
-                if index >= len(cuts) or (index and self.clock.monotonic() >= until):
-                    continue
-                self.clock.advance(self._compile_seconds)
-                kept[name].append(cuts[index])
-                self._compiled.add((rows, name, cuts[index]))
-        report(f"rows {rows}: compiling", 1, 1)
+    def compiled(self, choices: Mapping[int, Choices], until: float, report: Report) -> Mapping[int, Choices]:
+        kept: dict[int, dict[str, list[Tuning]]] = {rows: {name: [] for name in choices[rows]} for rows in choices}
+        self.clock.advance(self._start_seconds)
+        for index in range(64):
+            for rows, of_rows in choices.items():
+                for name, cuts in of_rows.items():
+                    if index >= len(cuts) or (index and self.clock.monotonic() >= until):
+                        continue
+                    self.clock.advance(self._compile_seconds)
+                    kept[rows][name].append(cuts[index])
+                    self._compiled.add((rows, name, cuts[index]))
+        report("compiling", 1, 1)
         return kept
 
     def chain_seconds(self, rows: int, tunings: Mapping[str, Tuning]) -> float:
@@ -70,6 +78,7 @@ class FakeBench:
             "measured before it is compiled"
         )
         self.num_measured += 1
+        self.measured += [(rows, name) for name in tunings if tunings[name] != self.shape.products[name].rule(rows)]
         self.clock.advance(0.01)
         seconds = sum(self._product(rows, name, cut) for name, cut in tunings.items())
         return seconds * (1 + self._noise * self._random.uniform(-1, 1))

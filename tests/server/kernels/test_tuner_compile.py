@@ -28,21 +28,20 @@ def test_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplo
     reports: list[tuple[str, int, int]] = []
     with CompilePool(TINY, HOPPER, num_processes=1) as pool:
         ready = pool.compiled(
-            8,
-            {"qkv": [rules["qkv"], others["qkv"]], "output": [rules["output"], others["output"], broken]},
+            {8: {"qkv": [rules["qkv"], others["qkv"]], "output": [rules["output"], others["output"], broken]}},
             time.monotonic() + PATIENCE_SECONDS,
             lambda *report: reports.append(report),
         )
-        assert ready == {name: [rules[name], others[name]] for name in NAMES}
-        assert reports[-1] == ("rows 8: compiling", 5, 5)
+        assert ready == {8: {name: [rules[name], others[name]] for name in NAMES}}
+        assert reports[-1] == ("compiling", 5, 5)
         assert "1 tunings cannot be compiled" in caplog.text
         assert "block_rows=24" in caplog.text
         found = [path.name for path in tmp_path.rglob("*.cubin")]
         assert sorted(set(found)) == ["dots_kernel.cubin", "norm_kernel.cubin"]
         assert found.count("dots_kernel.cubin") == 4
         # A time that is over leaves each product what it has without being told.
-        late = {"qkv": [rules["qkv"], replace(rules["qkv"], ahead=1)]}
-        assert pool.compiled(8, late, time.monotonic() - 1.0, lambda *report: None) == {"qkv": [rules["qkv"]]}
+        late = {8: {"qkv": [rules["qkv"], replace(rules["qkv"], ahead=1)]}}
+        assert pool.compiled(late, time.monotonic() - 1.0, lambda *report: None) == {8: {"qkv": [rules["qkv"]]}}
 
 
 class _Deadly:
@@ -59,7 +58,7 @@ def test_processes_that_die_leave_the_rule(caplog: pytest.LogCaptureFixture) -> 
         for _ in range(2):
             caplog.clear()
             until = time.monotonic() + PATIENCE_SECONDS
-            ready = pool.compiled(1, {"qkv": [cut, replace(cut, block_rows=8)]}, until, lambda *report: None)
-            assert ready == {"qkv": [cut]}
+            ready = pool.compiled({1: {"qkv": [cut, replace(cut, block_rows=8)]}}, until, lambda *report: None)
+            assert ready == {1: {"qkv": [cut]}}
             assert "2 tunings cannot be compiled" in caplog.text
             assert "BrokenProcessPool" in caplog.text
