@@ -65,7 +65,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             self._accepted(request, context) as (prepared, served, client),
             served.scheduler.submit(prepared) as stream,
         ):
-            await asyncio.sleep(0)  # the scheduler's turn: the engine works while Started is written
+            served.scheduler.advance()  # the engine works while Started is written
             await context.write(respond(started=generation.started_message(prepared, served.model_id)))
             async for event in stream:
                 if isinstance(event, TokensEvent):

@@ -194,23 +194,34 @@ class Scheduler:
 
     # The loop.
 
-    async def _run(self) -> None:
+    def advance(self) -> None:
+        """Hands on what is done and gives the engine what it may have, now and not at the loop's next turn.
+
+        For who has just submitted a request and means to do something else: the engine works meanwhile.
+        """
+        if self._failure is not None:
+            return
         try:
-            while True:
-                self._wake.clear()
-                while self._in_flight and self._in_flight[0].result.done():
-                    self._retire(self._in_flight.popleft())
-                self._submit_steps()
-                self._update_idle()
-                await self._wake.wait()
-        except asyncio.CancelledError:
-            raise
+            while self._in_flight and self._in_flight[0].result.done():
+                self._retire(self._in_flight.popleft())
+            self._submit_steps()
+            self._update_idle()
         except HotgraphError as error:
             self._fail(error)
         except Exception:
             incident = uuid.uuid4().hex
             logger.exception("the scheduler failed, incident %s", incident)
             self._fail(EngineFailedError("the engine failed", retry_after_seconds=1.0, metadata={"incident": incident}))
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            self.advance()
+            await self._wake.wait()
+
+    def _on_step_done(self, _: asyncio.Future[StepOutput]) -> None:
+        """In the future's callback and not in the loop's task, which would be one more turn before the tokens are out."""
+        self.advance()
 
     def _submit_steps(self) -> None:
         while len(self._in_flight) <= self._engine.info.run_ahead:
@@ -222,7 +233,7 @@ class Scheduler:
                 if sequence.ticket.first_step_time is None:
                     sequence.ticket.first_step_time = now
             result = asyncio.ensure_future(self._engine.step(plan.batch))
-            result.add_done_callback(lambda _: self._wake.set())
+            result.add_done_callback(self._on_step_done)
             self._in_flight.append(_InFlight(plan, result))
             self._counts.num_steps += 1
 

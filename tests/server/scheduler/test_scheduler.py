@@ -66,6 +66,19 @@ def assert_all_free(house: House) -> None:
     assert (status.num_running, status.num_waiting, status.kv_cache.num_used_blocks) == (0, 0, 0)
 
 
+async def test_a_request_starts_at_once_when_asked_to(house: Make) -> None:
+    """`advance` gives the engine a submitted request's first step before it returns, and no step twice."""
+    here = await house()
+    wanted = request(max_tokens=3)
+    stream = here.scheduler.submit(wanted)
+    assert not here.engine.batches
+    here.scheduler.advance()
+    here.scheduler.advance()
+    assert len(here.engine.batches) == 1
+    assert (await read(stream)).token_ids == {0: expected(wanted)}
+    assert len(here.engine.batches) == 3
+
+
 async def test_a_request_runs_from_submit_to_finished(house: Make) -> None:
     """Tokens, text, usage, timings and receipt of one request are what happened."""
     made = await house()
