@@ -36,6 +36,9 @@ NUM_TEXT_THREADS: Final = 2
 INLINE_TEXT_BYTES: Final = 4096  # tokenized on the loop: about as quick as the way to a thread and back
 INLINE_NUM_TOKENS: Final = 2048  # likewise for turning tokens to text
 LATE_SECONDS: Final = 1.0  # after the deadline, a handler still inside is stuck in a write: its reader does not read
+# Started waits for so long, or for the first token: the engine's thread launches the first step now, and shares the
+# interpreter's lock with this one. Written at once, Started held that step up for longer than its writing takes.
+STARTED_DELAY_SECONDS: Final = 0.001  # uvloop's timers know no shorter time
 MODELS_PAGE_SIZE: Final = 50
 MAX_MODELS_PAGE_SIZE: Final = 100
 
@@ -65,7 +68,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             self._accepted(request, context) as (prepared, served, client),
             served.scheduler.submit(prepared) as stream,
         ):
-            served.scheduler.advance()  # the engine works while Started is written
+            served.scheduler.advance()
+            await stream.wait(STARTED_DELAY_SECONDS)
             await context.write(respond(started=generation.started_message(prepared, served.model_id)))
             async for event in stream:
                 if isinstance(event, TokensEvent):

@@ -69,6 +69,19 @@ class RequestStream(AsyncIterator[Event]):
             finally:
                 self._reader = None
 
+    async def wait(self, seconds: float) -> None:
+        """Returns when the next event is there, which it does not take, or when the time is over. For the one reader."""
+        if self._pending or self._is_closed or self._end is not None:
+            return
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_future()
+        timer = loop.call_later(seconds, self._wake)
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+            timer.cancel()
+
     def close(self) -> None:
         """Cancels the request if it still runs. May be called again."""
         if not self._is_closed:

@@ -83,3 +83,19 @@ async def test_the_first_end_counts() -> None:
     stream.end(DONE)
     stream.end(DeadlineError("late"))
     assert [event async for event in stream] == [DONE]
+
+
+async def test_a_wait_ends_with_an_event_that_stays_or_with_its_time() -> None:
+    """Waiting takes no event, ends as soon as there is one or the end, and else when its time is over."""
+    stream = RequestStream(REQUEST, lambda: None)
+    async with asyncio.timeout(5):
+        await stream.wait(0.001)
+        waiting = asyncio.ensure_future(stream.wait(60))
+        await asyncio.sleep(0)
+        stream.put(tokens(65))
+        await waiting
+        await stream.wait(60)
+        assert await anext(stream) == tokens(65)
+        stream.end(DONE)
+        await stream.wait(60)
+        assert await anext(stream) == DONE
