@@ -49,8 +49,8 @@ class ThreadEngine(FakeEngine):
     """
 
     def __init__(self, seconds: float, trace: Trace, clock: Clock) -> None:
-        """`seconds`: how long the thread sleeps for a step."""
-        super().__init__(clock=clock)
+        """`seconds`: how long the thread sleeps for a step. Another step may wait meanwhile, as on a GPU."""
+        super().__init__(clock=clock, run_ahead=1)
         self._seconds = seconds
         self._trace = trace
         self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()

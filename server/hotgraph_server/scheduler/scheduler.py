@@ -199,11 +199,17 @@ class Scheduler:
 
         For who has just submitted a request and means to do something else: the engine works meanwhile.
         """
+        self._turn(is_reader_first=False)
+
+    def _turn(self, *, is_reader_first: bool) -> None:
         if self._failure is not None:
             return
         try:
             while self._in_flight and self._in_flight[0].result.done():
                 self._retire(self._in_flight.popleft())
+            if is_reader_first and self._in_flight and len(self._tickets) == 1:
+                self._wake.set()
+                return
             self._submit_steps()
             self._update_idle()
         except HotgraphError as error:
@@ -220,8 +226,12 @@ class Scheduler:
             await self._wake.wait()
 
     def _on_step_done(self, _: asyncio.Future[StepOutput]) -> None:
-        """In the future's callback and not in the loop's task, which would be one more turn before the tokens are out."""
-        self.advance()
+        """In the future's callback and not in the loop's task, which would be one more turn before the tokens are out.
+
+        While the engine is busy with another step, a lone request's reader comes before the next plan: launching that would
+        hold him up. Many readers would hold up the plan.
+        """
+        self._turn(is_reader_first=True)
 
     def _submit_steps(self) -> None:
         while len(self._in_flight) <= self._engine.info.run_ahead:

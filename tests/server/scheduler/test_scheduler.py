@@ -79,6 +79,19 @@ async def test_a_request_starts_at_once_when_asked_to(house: Make) -> None:
     assert len(here.engine.batches) == 3
 
 
+@pytest.mark.parametrize("num_requests", [1, 2])
+async def test_a_lone_reader_comes_before_the_next_plan(house: Make, num_requests: int) -> None:
+    """While a step runs ahead, a lone request's token is read before another step is planned; beside others, after."""
+    here = await house(run_ahead=1, step_seconds=0.02)
+    wanted = [request(f"r{index}", max_tokens=6) for index in range(num_requests)]
+    streams = [here.scheduler.submit(one) for one in wanted]
+    await anext(streams[0])
+    assert len(here.engine.batches) == (2 if num_requests == 1 else 3)
+    for stream, one in zip(streams, wanted, strict=True):
+        first = [] if stream is not streams[0] else expected(one)[:1]
+        assert first + (await read(stream)).token_ids[0] == expected(one)
+
+
 async def test_a_request_runs_from_submit_to_finished(house: Make) -> None:
     """Tokens, text, usage, timings and receipt of one request are what happened."""
     made = await house()
