@@ -8,9 +8,11 @@ from copy import deepcopy
 import pytest
 import torch
 
+from hotgraph_server.engine.stages import Stages
 from hotgraph_server.kernels.activation import ACTIVATIONS, gated_activation
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
-from hotgraph_server.kernels.prepare import FROM_SLOT, LAST_TOKEN, prepare_step
+from hotgraph_server.kernels.prepare import StepSource, prepare_step
+from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_SAMPLED, RowRecord, StageLayout
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
 from tests.gpu.decoders import CONFIGS, CUDA, TOLERANCES, arena_of, copied, decoder, relative_error
@@ -46,14 +48,12 @@ def test_rope_and_write_kv(heads: tuple[int, int, int, int, bool], dtype: torch.
     twin_checks.check_rope_and_write_kv(heads, dtype, CUDA, num_tokens=num_tokens, seed=num_tokens)
 
 
-@pytest.mark.parametrize("has_slot_lens", [False, True], ids=["starts given", "starts from slots"])
-def test_prepare_step(has_slot_lens: bool) -> None:
-    """Few rows and many, short block tables and long ones, give what they give on the CPU."""
+def test_prepare_step() -> None:
+    """Few rows and many, short block tables and long ones, from stages in the host's memory, give what they give on the CPU."""
     for seed in range(30):
-        twin_checks.check_prepare_step(CUDA, has_slot_lens=has_slot_lens, seed=seed)
-        twin_checks.check_prepare_step(
-            CUDA, has_slot_lens=has_slot_lens, seed=seed, min_rows=100, max_rows=148, max_blocks=1500
-        )
+        twin_checks.check_prepare_step(CUDA, seed=seed)
+        twin_checks.check_prepare_step(CUDA, seed=seed, min_rows=100, max_rows=148, max_blocks=1500)
+        twin_checks.check_prepare_step(CUDA, seed=seed, max_blocks=1500, lengths=(1, 300, 1100))
 
 
 def test_no_numbers_are_hidden() -> None:
@@ -198,14 +198,20 @@ def works(num_tokens: int) -> dict[str, Callable[[], object]]:
     kv_indices = torch.arange(num_tokens, device=CUDA)
     norm = draw(2 * num_heads, head_dim)
     gate_up, gated = draw(num_tokens, 2 * intermediate), draw(num_tokens, intermediate)
+    stages = Stages(StageLayout(num_tokens, num_tokens, max_blocks, 14), 1, CUDA)
+    records = [RowRecord(slot, 300, slot, slot + 1, IS_SAMPLED | IS_LAST) for slot in range(num_tokens)]
+    stages.write_records(0, [word for record in records for word in record])
+    source = StepSource(
+        stages.layout,
+        stages.tensor,
+        zeros(1),
+        zeros(num_tokens) + 7,
+        zeros(num_tokens, max_blocks, dtype=torch.int32),
+        zeros(num_tokens, 14, dtype=torch.int32),
+    )
     step = {
-        "given_ids": zeros(num_tokens) + LAST_TOKEN,
-        "row_slots": torch.arange(num_tokens, device=CUDA),
-        "row_starts": zeros(num_tokens) + FROM_SLOT,
-        "row_offsets": torch.arange(num_tokens + 1, device=CUDA),
-        "last_tokens": zeros(num_tokens) + 7,
-        "slot_lens": zeros(num_tokens) + 300,
-        "slot_block_tables": zeros(num_tokens, max_blocks, dtype=torch.int32),
+        "row_slots": zeros(num_tokens),
+        "is_sampled": zeros(num_tokens),
         "token_ids": zeros(num_tokens),
         "positions": zeros(num_tokens),
         "kv_indices": zeros(num_tokens),
@@ -222,7 +228,7 @@ def works(num_tokens: int) -> dict[str, Callable[[], object]]:
             qkv, rope, kv_indices, keys, values, query_key_norm=norm, epsilon=1e-5, out=query
         ),
         "gated_activation": lambda: gated_activation(gate_up, "silu", gated),
-        "prepare_step": lambda: prepare_step(**step, block_size=16),
+        "prepare_step": lambda: prepare_step(source, **step, block_size=16),
     }
 
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from hotgraph_server.batch import Batch, Row
 from hotgraph_server.config import BOUNDS
-from hotgraph_server.engine.mirrored import Mirrored
-from hotgraph_server.engine.slots import SlotTables
-from hotgraph_server.kernels.prepare import FROM_SLOT, LAST_TOKEN
+from hotgraph_server.engine.slots import NUM_PARAMETER_WORDS, SlotChange, SlotTables
+from hotgraph_server.engine.stages import Stages
+from hotgraph_server.kernels.prepare import StepSource, prepare_step
+from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_NEW, IS_SAMPLED, StageLayout
 from hotgraph_server.models.interface import StepTensors
 from hotgraph_server.request import TokenLogprobs
 
@@ -69,8 +69,9 @@ class RunLostError(RuntimeError):
 class StepBuffers:
     """Room for `max_tokens` tokens of `max_rows` rows of `slots`. Views of it are what a step function is bound to.
 
-    Results go to a ring of `depth` places, one a run. `num_runs` must be told of each (`note_run`); a run's results stand
-    there until `depth` more were launched.
+    What `fill` writes and what a run leaves lie in rings of `num_stages` places, one a run, that the device finds with a
+    counter of its own. `num_runs` must be told of each run (`note_run`), before the next one is filled in. A place is used
+    again after `num_stages` runs: the run that had it must be over by then, and its results read.
     """
 
     def __init__(
@@ -87,33 +88,15 @@ class StepBuffers:
         self.max_rows = max_rows
         self.slots = slots
         self.num_runs = 0
-        # One array from the host, so that one copy brings it to the device.
-        sizes = {
-            "row_slots": max_rows,
-            "row_starts": max_rows,
-            "is_sampled": max_rows,
-            "row_offsets": max_rows + 1,
-            "given_ids": max_tokens,
-        }
-        self._packed = Mirrored((sum(sizes.values()),), np.int64, device, num_stages=num_stages)
-        self._uploaded = self._packed.host.copy()
-        ends = np.cumsum(list(sizes.values())).tolist()
-        spans = {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
-        self._host_slots = self._packed.host[spans["row_slots"]]
-        self._host_starts = self._packed.host[spans["row_starts"]]
-        self._host_sampled = self._packed.host[spans["is_sampled"]]
-        self._host_offsets = self._packed.host[spans["row_offsets"]]
-        self._host_ids = self._packed.host[spans["given_ids"]]
-        self.row_slots = self._packed.tensor[spans["row_slots"]]
-        self.row_starts = self._packed.tensor[spans["row_starts"]]
-        self.is_sampled = self._packed.tensor[spans["is_sampled"]]
-        self.row_offsets = self._packed.tensor[spans["row_offsets"]]
-        self.given_ids = self._packed.tensor[spans["given_ids"]]
+        layout = StageLayout(max_rows, max_tokens, max_blocks, NUM_PARAMETER_WORDS)
+        self._stages = Stages(layout, num_stages, device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # What `prepare` writes and the model reads.
+        # What `prepare` writes, and the model and the sampler read.
+        self.row_slots = zeros(max_rows)
+        self.is_sampled = zeros(max_rows)
         self.token_ids = zeros(max_tokens)
         self.positions = zeros(max_tokens)
         self.kv_indices = zeros(max_tokens)
@@ -126,6 +109,9 @@ class StepBuffers:
         self.top_ids = zeros(max_rows, BOUNDS.max_logprobs)
         self.top_logprobs = zeros(max_rows, BOUNDS.max_logprobs, dtype=torch.float32)
         self.counter = zeros(1)
+        self._source = StepSource(
+            layout, self._stages.tensor, self.counter, slots.last_tokens, slots.block_tables, slots.parameters
+        )
 
         # What the host reads.
         def ring(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,7 +142,6 @@ class StepBuffers:
             temperature=slots.temperature,
             seeds=slots.seeds,
             last_tokens=slots.last_tokens,
-            lengths=slots.lengths,
             values=self.values,
             ring_ids=self.ring_ids,
             ring_values=self.ring_values,
@@ -164,43 +149,56 @@ class StepBuffers:
         )
         return sampling, BlockResults.allocate(self.max_rows, slots.vocabulary_size, self.counter.device)
 
-    def fill(self, batch: Batch, tokens: int, rows: int) -> HostStep:
-        """Lays a batch out in the shape (tokens, rows), which holds it; what is over becomes padding.
+    def fill(self, batch: Batch, rows: int) -> HostStep:
+        """Writes down the next run's batch, in `rows` rows or fewer; those that are over become padding.
 
-        Nothing is uploaded when the device has it all: a decode step's tokens and lengths are known there.
+        Nothing is copied: `prepare` reads it, and what is new of the rows' slots.
         """
-        slots = self.slots
+        slots, number = self.slots, self.num_runs
         order: Sequence[int] = range(len(batch.rows))
         ordered: Sequence[Row] = batch.rows
-        num_decode_rows = sum(row.num_tokens == 1 for row in ordered)
-        if num_decode_rows < len(ordered):
+        num_rows = len(ordered)
+        num_decode_rows = sum([row.num_tokens == 1 for row in ordered])
+        if num_decode_rows < num_rows:
             order = sorted(order, key=lambda index: batch.rows[index].num_tokens != 1)
             ordered = [batch.rows[index] for index in order]
-        num_rows = len(ordered)
-        row_slots = [row.slot for row in ordered]
-        query_lens = [row.num_tokens for row in ordered]
-        context_lens = [row.start + row.num_tokens for row in ordered]
 
-        self._host_slots[:num_rows] = row_slots
-        self._host_slots[num_rows:rows] = slots.scratch_slot
-        self._host_starts[:num_rows] = [FROM_SLOT if row.token_ids is None else row.start for row in ordered]
-        self._host_starts[num_rows:rows] = 0
-        self._host_sampled[:num_rows] = [row.is_sampled for row in ordered]
-        self._host_sampled[num_rows:rows] = 0
-        self._host_offsets[1 : num_rows + 1] = np.cumsum(query_lens)
-        num_tokens = int(self._host_offsets[num_rows])
-        self._host_offsets[num_rows + 1 : rows + 1] = num_tokens
-        self._host_ids[:num_decode_rows] = [
-            LAST_TOKEN if row.token_ids is None else row.token_ids[0] for row in ordered[:num_decode_rows]
-        ]
-        end = num_decode_rows
-        for row in ordered[num_decode_rows:]:
-            start, end = end, end + row.num_tokens
-            self._host_ids[start:end] = row.token_ids
-        self._host_ids[num_tokens:tokens] = 0
-        if not np.array_equal(self._packed.host, self._uploaded):
-            self._packed.upload()
-            np.copyto(self._uploaded, self._packed.host)
+        records: list[int] = []
+        token_ids: list[int] = []
+        row_slots, query_lens, context_lens = [], [], []
+        changes, sources = slots.changes, dict[int, int]()
+        num_tokens = 0
+        has_ids = False
+        for index, row in enumerate(ordered):
+            slot, start, length = row.slot, row.start, row.num_tokens
+            flags = IS_SAMPLED if row.is_sampled else 0
+            if row.token_ids is None:
+                flags |= IS_LAST
+                token_ids.append(0)
+            else:
+                has_ids = True
+                token_ids += row.token_ids
+            offset, num_tokens = num_tokens, num_tokens + length
+            if changes and (change := changes.get(slot)) is not None:
+                if slot not in sources:
+                    sources[slot] = index
+                    self._write_change(number, index, slot, change)
+                if change.is_new:
+                    flags |= IS_NEW
+                source = sources[slot]
+                records += (slot, start, offset, num_tokens, flags, source, change.first_block, change.end_block)
+            else:
+                records += (slot, start, offset, num_tokens, flags, 0, 0, 0)
+            row_slots.append(slot)
+            query_lens.append(length)
+            context_lens.append(start + length)
+        if num_rows < rows:
+            records += (slots.scratch_slot, 0, num_tokens, num_tokens, 0, 0, 0, 0) * (rows - num_rows)
+        self._stages.write_records(number, records)
+        if has_ids:
+            self._stages.write_ids(number, token_ids)
+        for slot in sources:
+            del changes[slot]
 
         work = SamplingWork(
             has_penalties=not slots.penalised.isdisjoint(row_slots),
@@ -211,6 +209,29 @@ class StepBuffers:
         )
         self.step = HostStep(num_tokens, num_rows, num_decode_rows, query_lens, context_lens, order, work)
         return self.step
+
+    def _write_change(self, number: int, row: int, slot: int, change: SlotChange) -> None:
+        slots, first, end = self.slots, change.first_block, change.end_block
+        if first < end:
+            self._stages.write_blocks(number, row, first, slots.host_tables[slot, first:end])
+        if change.is_new:
+            self._stages.write_parameters(number, row, slots.host_parameters[slot])
+
+    def prepare(self, tokens: int, rows: int, *, block_size: int) -> None:
+        """The first work of a run: makes the shape's tensors and the slots' of what was filled in for it."""
+        prepare_step(
+            self._source,
+            block_size=block_size,
+            row_slots=self.row_slots[:rows],
+            is_sampled=self.is_sampled[:rows],
+            token_ids=self.token_ids[:tokens],
+            positions=self.positions[:tokens],
+            kv_indices=self.kv_indices[:tokens],
+            block_tables=self.block_tables[:rows],
+            context_lens=self.context_lens[:rows],
+            query_starts=self.query_starts[: rows + 1],
+            last_indices=self.last_indices[:rows],
+        )
 
     def step_tensors(self, tokens: int, rows: int) -> StepTensors:
         """Views of a shape for the model, with the host's lengths of the step that the buffers hold."""

@@ -275,7 +275,7 @@ class TorchEngine:
             max_step_tokens = min(scheduler.max_step_tokens, context_length)  # of one row
             for sampler, lengths in warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda):
                 rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
-                live.fill(Batch(step=0, rows=rows, sampler=sampler), sum(lengths), len(rows))
+                live.fill(Batch(step=0, rows=rows, sampler=sampler), len(rows))
                 self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)
                 live.buffers.note_run()
                 if is_cuda:  # before the next one is filled in, and before the shadow is used from another stream
@@ -329,7 +329,7 @@ class TorchEngine:
         start_seconds = self._clock.monotonic()
         choice = self._chooser.choose(batch)
         try:
-            step = self._live.fill(batch, choice.tokens, choice.rows)
+            step = self._live.fill(batch, choice.rows)
             if choice.graph is None:
                 self._program.run(self._live, choice.tokens, choice.rows, batch.sampler)
             elif not self._replay(choice.graph):

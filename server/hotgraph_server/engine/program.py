@@ -16,7 +16,6 @@ from hotgraph_server.engine.probe import ProbeLayout
 from hotgraph_server.engine.sampler import sample_step
 from hotgraph_server.engine.state import StepState
 from hotgraph_server.engine.thread import Deferred, ForwardThread
-from hotgraph_server.kernels.prepare import prepare_step
 from hotgraph_server.models.interface import Model
 
 log = logging.getLogger(__name__)
@@ -70,24 +69,8 @@ class StepProgram:
         give_way: Callable[[float], None] | None = None,
     ) -> None:
         """One step of this shape. `is_fixed`: nothing of the step at hand shapes the work. `give_way`: see Model.forward."""
-        buffers, slots = state.buffers, state.slots
-        prepare_step(
-            given_ids=buffers.given_ids[:tokens],
-            row_slots=buffers.row_slots[:rows],
-            row_starts=buffers.row_starts[:rows],
-            row_offsets=buffers.row_offsets[: rows + 1],
-            last_tokens=slots.last_tokens,
-            slot_lens=slots.lengths,
-            slot_block_tables=slots.block_tables,
-            block_size=self._kv_cache.block_size,
-            token_ids=buffers.token_ids[:tokens],
-            positions=buffers.positions[:tokens],
-            kv_indices=buffers.kv_indices[:tokens],
-            block_tables=buffers.block_tables[:rows],
-            context_lens=buffers.context_lens[:rows],
-            query_starts=buffers.query_starts[: rows + 1],
-            last_indices=buffers.last_indices[:rows],
-        )
+        buffers = state.buffers
+        buffers.prepare(tokens, rows, block_size=self._kv_cache.block_size)
         step = buffers.step_tensors(tokens, rows)
         logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
         if give_way is not None and sampler is Sampler.FILTERED:
@@ -150,7 +133,7 @@ class StepProgram:
 
         def fill() -> None:
             with torch.inference_mode():
-                shadow.fill(batch, key.tokens, key.rows, probe_blocks=self._kv_cache.probe_blocks)
+                shadow.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
                 shadow.buffers.counter.fill_(shadow.buffers.num_runs)  # the run before may have failed half way
 
         def work() -> None:
@@ -167,7 +150,7 @@ class StepProgram:
         live = self._live
         batch = self._probe.batch(key, live.slots.probe_slot)
         with torch.inference_mode():
-            live.fill(batch, key.tokens, key.rows, probe_blocks=self._kv_cache.probe_blocks)
+            live.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
             replay()
             number = live.buffers.note_run()
             live.buffers.counter.fill_(number + 1)  # whatever it did, the next run is counted right

@@ -20,8 +20,8 @@ from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_filter
 def sample_step(logits: torch.Tensor, buffers: StepBuffers, sampler: Sampler, work: SamplingWork) -> None:
     """Samples every row of `logits` ([R, V], float32 or of 16 bits), writes the results of `buffers` and advances its `slots`.
 
-    A slot's length is what the step made of it. Only rows that are sampled and whose logits are finite change more: the last
-    token, and the counts. Of rows in one slot, as those of padding are, any may be the last to write."""
+    Only rows that are sampled and whose logits are finite change their slot: the last token, and the counts. Of rows in one
+    slot, as those of padding are, any may be the last to write."""
     slots = buffers.slots
     if buffers.plain is not None and sampler is not Sampler.FILTERED and _is_for_kernels(logits, slots):
         # Torch for the CPU alone comes without Triton.
@@ -55,7 +55,6 @@ def sample_step(logits: torch.Tensor, buffers: StepBuffers, sampler: Sampler, wo
 
     # Rows that give no token write to the scratch slot.
     slots.last_tokens.index_copy_(0, torch.where(is_taken, row_slots, slots.scratch_slot), token_ids)
-    slots.lengths.index_copy_(0, row_slots, positions)
     values = buffers.values[:, :num_rows]
     values[0].copy_(peaks)
     ids = torch.where(is_finite, token_ids, -1)

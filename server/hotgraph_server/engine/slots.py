@@ -2,11 +2,16 @@
 
 Two rows more than there are slots: the scratch slot, which padding rows read and write, and the probe slot, which belongs to
 the verification of graphs.
+
+Block tables and parameters travel with the next step that has a row in the slot (`changes`): nobody else reads them. Biases
+and bans, which are rare, are copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from struct import Struct
 
 import numpy as np
 import torch
@@ -19,12 +24,35 @@ from hotgraph_server.kernels.sample import RowSampling
 MAX_BANNED = BOUNDS.max_stop_token_ids + 64
 """Stop tokens of a request, and the model's own ends of text."""
 
+_PARAMETERS = Struct("=6f4q")
+"""Of a slot: temperature, top-p, min-p, three penalties; top-k, the length that ends its ban, and the seed's halves."""
+
+NUM_PARAMETER_WORDS = _PARAMETERS.size // 4
+
+
+@dataclass(slots=True)
+class SlotChange:
+    """What the device has not been told of a slot: blocks first_block .. end_block - 1 of its table. `is_new`: it was assigned,
+    so that its parameters are others, and all other blocks are gone."""
+
+    is_new: bool
+    first_block: int = 0
+    end_block: int = 0
+
+    def add_blocks(self, first: int, end: int) -> None:
+        """Blocks first .. end - 1, too, and all between."""
+        if self.first_block == self.end_block:
+            self.first_block, self.end_block = first, end
+        else:
+            self.first_block, self.end_block = min(self.first_block, first), max(self.end_block, end)
+
 
 class SlotTables:
     """All slots. Written by the host at assignments and block appends, by kernels when a row samples.
 
-    What the host wrote reaches the device with `upload`, which is called once for each step that changed anything, at most
-    `num_stages` times until the first of them is over.
+    `host_tables` (int32 [S, max_blocks]) and `host_parameters` (int32 [S, NUM_PARAMETER_WORDS]) are as the host has them, and
+    `changes` says for which slots the device is behind; who tells it removes the entry. `upload` is called once for each step
+    that changed anything, at most `num_stages` times until the first of them is over.
     """
 
     def __init__(
@@ -38,46 +66,39 @@ class SlotTables:
         def mirrored(*row: int, dtype: type[np.generic]) -> Mirrored:
             return Mirrored((size, *row), dtype, device, num_stages=num_stages)
 
-        # The host's to write. A row is a slot. Parameters lie in one array, so that one copy brings a slot's to the device: six
-        # floats, and in two of its words each, two integers and the seed's halves.
-        self._tables = mirrored(max_blocks, dtype=np.int32)
-        self._parameters = mirrored(6 + 2 * 2 + 2 * 2, dtype=np.int32)
-        words = self._parameters.host
-        self._host_floats = words[:, :6].view(np.float32)
-        self._host_integers = words[:, 6:10].view(np.int64)
-        self._host_seeds = words[:, 10:].view(np.int64)
+        # The host's to write. A row is a slot.
+        self.host_tables = np.zeros((size, max_blocks), np.int32)
+        self.host_parameters = np.zeros((size, NUM_PARAMETER_WORDS), np.int32)
+        self._parameters = self.host_parameters.data
+        for slot in range(size):  # greedy, with nothing that changes a logit
+            _PARAMETERS.pack_into(self._parameters, slot * _PARAMETERS.size, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0)
+        self.changes: dict[int, SlotChange] = {}
         self._bias_ids = mirrored(BOUNDS.max_logit_bias, dtype=np.int64)
         self._bias_values = mirrored(BOUNDS.max_logit_bias, dtype=np.float32)
         self._banned_ids = mirrored(MAX_BANNED, dtype=np.int64)
         self._banned_ids.host.fill(-1)
+        self._banned_ids.upload()
         # Slots whose rows were written since the last upload.
-        self._changed_tables: set[int] = set()
-        self._changed_parameters: set[int] = set()
         self._changed_biases: set[int] = set()
         self._changed_bans: set[int] = set()
-        # The kernels' to read.
-        self.block_tables = self._tables.tensor
-        parameters = self._parameters.tensor
+        # The kernels' to read, and `prepare_step`'s to write.
+        self.block_tables = torch.zeros(size, max_blocks, dtype=torch.int32, device=device)
+        self.parameters = torch.tensor(self.host_parameters, device=device)
         self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = (
-            parameters[:, :6].view(torch.float32).unbind(1)
+            self.parameters[:, :6].view(torch.float32).unbind(1)
         )
-        self.top_k, self.banned_until = parameters[:, 6:10].view(torch.int64).unbind(1)
-        self.seeds = parameters[:, 10:].view(torch.int64)
+        self.top_k, self.banned_until = self.parameters[:, 6:10].view(torch.int64).unbind(1)
+        self.seeds = self.parameters[:, 10:].view(torch.int64)
         self.bias_ids, self.bias_values = self._bias_ids.tensor, self._bias_values.tensor
         self.banned_ids = self._banned_ids.tensor
         # The kernels' to write.
         self.last_tokens = torch.zeros(size, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(size, dtype=torch.int64, device=device)  # tokens in the KV cache
         self.in_prompt = torch.zeros(size, vocabulary_size, dtype=torch.bool, device=device)
         self.counts = torch.zeros(size, vocabulary_size, dtype=torch.int32, device=device)
         # What the host knows of its slots, to leave out what changes nothing.
         self.penalised: set[int] = set()
         self.biased: set[int] = set()
         self.banned: dict[int, int] = {}  # slot: the length from which on nothing is banned
-        for slot in range(size):
-            self._write_neutral(slot)
-        for array in (self._parameters, self._banned_ids):
-            array.upload()
 
     def assign(self, assignments: Iterable[SlotAssignment]) -> None:
         """Sequences take slots: everything the slots held before is forgotten. Block tables are empty then."""
@@ -86,21 +107,18 @@ class SlotTables:
 
     def append_blocks(self, appends: Iterable[BlockAppend]) -> None:
         """Enters blocks into block tables."""
-        table = self._tables.host
         for append in appends:
-            table[append.slot, append.index] = append.block
-            self._changed_tables.add(append.slot)
+            self.host_tables[append.slot, append.index] = append.block
+            self._changed(append.slot).add_blocks(append.index, append.index + 1)
 
     def set_blocks(self, slot: int, blocks: Sequence[int]) -> None:
-        """The whole block table of one slot."""
-        self._tables.host[slot, : len(blocks)] = blocks
-        self._changed_tables.add(slot)
+        """The first entries of one slot's block table."""
+        self.host_tables[slot, : len(blocks)] = blocks
+        self._changed(slot).add_blocks(0, len(blocks))
 
     def upload(self) -> None:
-        """Makes what was written visible to the steps that are launched from now on."""
+        """Makes biases and bans that were written visible to the steps that are launched from now on."""
         for changed, arrays in (
-            (self._changed_tables, (self._tables,)),
-            (self._changed_parameters, (self._parameters,)),
             (self._changed_biases, (self._bias_ids, self._bias_values)),
             (self._changed_bans, (self._banned_ids,)),
         ):
@@ -121,29 +139,33 @@ class SlotTables:
             positions=positions,
         )
 
-    def _write_neutral(self, slot: int) -> None:
-        """Greedy, with nothing that changes a logit."""
-        self._host_floats[slot] = (0, 1, 0, 1, 0, 0)
-        self._host_integers[slot] = 0
+    def _changed(self, slot: int) -> SlotChange:
+        change = self.changes.get(slot)
+        if change is None:
+            change = self.changes[slot] = SlotChange(is_new=False)
+        return change
 
     def _assign_one(self, assignment: SlotAssignment) -> None:
         slot, sampling = assignment.slot, assignment.sampling
-        self._tables.host[slot] = 0
-        self._changed_tables.add(slot)
-        self._changed_parameters.add(slot)
-        self._host_floats[slot] = (
+        banned_until, banned = assignment.banned_until or (0, ())
+        if len(banned) > MAX_BANNED:
+            raise ValueError(f"{len(banned)} tokens are banned in slot {slot}, at most {MAX_BANNED} can be")
+        self.host_tables[slot] = 0
+        self.changes[slot] = SlotChange(is_new=True)
+        _PARAMETERS.pack_into(
+            self._parameters,
+            slot * _PARAMETERS.size,
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
             sampling.repetition_penalty,
             sampling.presence_penalty,
             sampling.frequency_penalty,
+            sampling.top_k,
+            banned_until if banned else 0,
+            assignment.seed & 0xFFFFFFFF,
+            assignment.seed >> 32,
         )
-        self._host_seeds[slot] = (assignment.seed & 0xFFFFFFFF, assignment.seed >> 32)
-        banned_until, banned = assignment.banned_until or (0, ())
-        if len(banned) > MAX_BANNED:
-            raise ValueError(f"{len(banned)} tokens are banned in slot {slot}, at most {MAX_BANNED} can be")
-        self._host_integers[slot] = (sampling.top_k, banned_until if banned else 0)
         if banned or slot in self.banned:
             self._banned_ids.host[slot] = -1
             self._banned_ids.host[slot, : len(banned)] = banned

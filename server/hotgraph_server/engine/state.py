@@ -54,11 +54,14 @@ class StepState:
         )
         return cls(slots, buffers, model.arena(max_tokens, max_rows))
 
-    def fill(self, batch: Batch, tokens: int, rows: int, *, probe_blocks: Sequence[int] = ()) -> HostStep:
-        """Everything that the batch says reaches the device. `probe_blocks`: the probe slot's block table, if it is used."""
+    def fill(self, batch: Batch, rows: int, *, probe_blocks: Sequence[int] = ()) -> HostStep:
+        """Everything that the batch says reaches the next run, which has `rows` rows, and tokens enough.
+
+        `probe_blocks`: the probe slot's block table, if it is used.
+        """
         self.slots.assign(batch.assignments)
         self.slots.append_blocks(batch.block_appends)
         if probe_blocks:
             self.slots.set_blocks(self.slots.probe_slot, probe_blocks)
         self.slots.upload()
-        return self.buffers.fill(batch, tokens, rows)
+        return self.buffers.fill(batch, rows)

@@ -34,7 +34,7 @@ class PlainSampling:
     the tokens that the sequence has, which is the position of the one that is sampled; `is_sampled` int64, 0 for no.
     Read by slot: `temperature` float32 [S] and `seeds` int64 [S, 2], low and high 32 bits side by side, both maybe strided.
 
-    Written by slot: `last_tokens` and `lengths`, int64 [S]. `values`: float32 [2, max_rows], of which row 0 takes each row's
+    Written by slot: `last_tokens`, int64 [S]. `values`: float32 [2, max_rows], of which row 0 takes each row's
     largest logit. `ring_ids` (int64 [D, 1 + max_rows]), `ring_values` (float32 [D, 2, max_rows]) and `counter` (int64 [1]) as
     in `write_ring`.
     """
@@ -45,7 +45,6 @@ class PlainSampling:
     temperature: torch.Tensor
     seeds: torch.Tensor
     last_tokens: torch.Tensor
-    lengths: torch.Tensor
     values: torch.Tensor
     ring_ids: torch.Tensor
     ring_values: torch.Tensor
@@ -80,8 +79,8 @@ class BlockResults:
 def sample_plain(logits: torch.Tensor, step: PlainSampling, *, is_greedy: bool) -> None:
     """Samples each row of `logits` ([R, V], float32 or of 16 bits, without filters and penalties) and ends the step.
 
-    The ring gets -1 for rows whose largest logit is not finite, which disturb no other. A slot's length becomes what the
-    step made of it; its last token changes where the row is sampled and finite. `is_greedy`: temperatures are not looked at.
+    The ring gets -1 for rows whose largest logit is not finite, which disturb no other. A slot's last token changes where
+    the row is sampled and finite. `is_greedy`: temperatures are not looked at.
 
     This is the reference, in torch's operations; it reads nothing back on a device.
     """
@@ -108,7 +107,6 @@ def sample_plain(logits: torch.Tensor, step: PlainSampling, *, is_greedy: bool) 
     is_taken = is_finite & (step.is_sampled[:num_rows] != 0)
     last_tokens = torch.where(is_taken, token_ids, step.last_tokens[row_slots])
     step.last_tokens.index_copy_(0, row_slots, last_tokens)
-    step.lengths.index_copy_(0, row_slots, positions)
     values = step.values[:, :num_rows]
     values[0].copy_(peaks)
     write_ring(step.ring_ids, step.ring_values, step.counter, torch.where(is_finite, token_ids, -1), values)
@@ -158,10 +156,8 @@ def sample_plain_triton(logits: torch.Tensor, step: PlainSampling, blocks: Block
         blocks.token_ids,
         blocks.number,
         step.row_slots,
-        step.context_lens,
         step.is_sampled,
         step.last_tokens,
-        step.lengths,
         step.values,
         step.ring_ids,
         step.ring_values,
@@ -276,10 +272,8 @@ def _blocks_kernel(
         "token_ids",
         "number",
         "row_slots",
-        "context_lens",
         "is_sampled",
         "last_tokens",
-        "lengths",
         "values",
         "ring_ids",
         "ring_values",
@@ -291,10 +285,8 @@ def _finish_kernel(
     token_ids: tl.tensor,
     number: tl.tensor,
     row_slots: tl.tensor,
-    context_lens: tl.tensor,
     is_sampled: tl.tensor,
     last_tokens: tl.tensor,
-    lengths: tl.tensor,
     values: tl.tensor,
     ring_ids: tl.tensor,
     ring_values: tl.tensor,
@@ -308,7 +300,6 @@ def _finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     step_number = tl.load(number)
     slot = tl.load(row_slots + row)
-    position = tl.load(context_lens + row).to(tl.int64)
     wants_token = tl.load(is_sampled + row) != 0
     block = tl.arange(0, PADDED_BLOCKS)
     is_block = block < NUM_BLOCKS
@@ -322,7 +313,6 @@ def _finish_kernel(
     best = tl.sum(tl.where(block == index, token, 0), axis=0).to(tl.int64)
 
     tl.store(last_tokens + slot, best, mask=is_finite & wants_token)
-    tl.store(lengths + slot, position)
     tl.store(values + row, peak)
     ring_place = step_number % DEPTH
     tl.store(ring_ids + ring_place * (MAX_ROWS + 1) + 1 + row, tl.where(is_finite, best, -1))

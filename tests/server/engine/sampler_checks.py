@@ -21,6 +21,8 @@ from tests.server.kernels.sample_checks import draw_logits
 DEPTH = 3
 NUM_STEPS = 5
 MAX_TOKENS_A_ROW = 3
+MAX_BLOCKS = 4
+BLOCK_SIZE = 256  # so that few blocks hold 1000 tokens
 
 Run = Callable[[torch.Tensor, StepState, Sampler], None]
 
@@ -28,13 +30,13 @@ Run = Callable[[torch.Tensor, StepState, Sampler], None]
 def make_state(num_slots: int, max_rows: int, vocabulary_size: int, device: torch.device) -> StepState:
     """Empty, and without an arena."""
     slots = SlotTables(
-        num_slots=num_slots, max_blocks=4, vocabulary_size=vocabulary_size, device=device, num_stages=DEPTH
+        num_slots=num_slots, max_blocks=MAX_BLOCKS, vocabulary_size=vocabulary_size, device=device, num_stages=DEPTH
     )
     buffers = StepBuffers(
         slots,
         max_tokens=MAX_TOKENS_A_ROW * max_rows,
         max_rows=max_rows,
-        max_blocks=4,
+        max_blocks=MAX_BLOCKS,
         device=device,
         num_stages=DEPTH,
     )
@@ -61,10 +63,9 @@ def draw_batch(rng: random.Random, step: int, num_rows: int, num_slots: int, sam
 
 
 def fill(state: StepState, batch: Batch, rows: int) -> None:
-    """As before a step, with what `prepare_step` makes of it."""
-    step = state.fill(batch, MAX_TOKENS_A_ROW * rows, rows)
-    context_lens = [*step.context_lens, *[0] * (rows - step.num_rows)]
-    state.buffers.context_lens[:rows].copy_(torch.tensor(context_lens, dtype=torch.int32))
+    """As before a step's sampling."""
+    state.fill(batch, rows)
+    state.buffers.prepare(MAX_TOKENS_A_ROW * rows, rows, block_size=BLOCK_SIZE)
 
 
 def run_eagerly(logits: torch.Tensor, state: StepState, sampler: Sampler) -> None:
@@ -122,7 +123,6 @@ def assert_same(found: StepState, expected: StepState) -> None:
         "ring_values": (found.buffers.ring_values, expected.buffers.ring_values),
         "counter": (found.buffers.counter, expected.buffers.counter),
         "values": (found.buffers.values, expected.buffers.values),
-        "lengths": (found.slots.lengths, expected.slots.lengths),
         "last_tokens": (found.slots.last_tokens[:scratch_slot], expected.slots.last_tokens[:scratch_slot]),
         "counts": (found.slots.counts, expected.slots.counts),
     }

@@ -71,6 +71,7 @@ def test_logits_that_the_kernels_do_not_take_go_through_torch(laid_out: Any) -> 
             fill(state, batch, ROWS)
         run_eagerly(laid_out(logits), found, sampler)
         run_eagerly(logits, expected, sampler)
+        assert {state.buffers.note_run() for state in (found, expected)} == {step}
         assert_same(found, expected)
 
 
@@ -88,6 +89,7 @@ def test_logits_of_16_bits_give_what_they_give_as_32(sampler: Sampler, dtype: to
             fill(state, batch, ROWS)
         run_eagerly(logits, found, sampler)
         run_eagerly(logits.float(), expected, sampler)
+        assert {state.buffers.note_run() for state in (found, expected)} == {step}
         assert_same(found, expected)
         torch.testing.assert_close(found.buffers.top_logprobs, expected.buffers.top_logprobs, rtol=0, atol=0)
         torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)

@@ -52,7 +52,6 @@ def draw_step(rng: random.Random, num_rows: int, device: torch.device, *, max_ro
         temperature=parameters.to(device)[:, 0],
         seeds=draw(0, 2**32, num_slots, 2).to(device),
         last_tokens=draw(0, 1000, num_slots).to(device),
-        lengths=draw(0, 1000, num_slots).to(device),
         values=torch.randn(2, max_rows, generator=generator).to(device),
         ring_ids=draw(-9, -1, DEPTH, 1 + max_rows).to(device),
         ring_values=torch.randn(DEPTH, 2, max_rows, generator=generator).to(device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 from hotgraph_server.kernels.activation import gated_activation_triton
 from hotgraph_server.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from hotgraph_server.kernels.prepare import prepare_step_triton
+from hotgraph_server.kernels.prepare_stage import StageLayout
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv_triton
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.interpreter import run_interpreted
-from tests.server.kernels.prepare_steps import random_step
+from tests.server.kernels.prepare_steps import NUM_PARAMETERS, random_step
 
 Launch = Callable[[int], object]
 
@@ -64,8 +66,11 @@ def rope_kv(
 
 
 def prepare(num_rows: int) -> None:
+    # One engine's: its rings and tables have one size, whatever the step's.
     step = random_step(random.Random(num_rows), min_rows=num_rows, max_rows=num_rows, max_blocks=256)
-    prepare_step_triton(**step.inputs, **step.results, block_size=16)
+    layout = StageLayout(128, 2048, 256, NUM_PARAMETERS)
+    source = replace(step.source, layout=layout, stages=torch.zeros(5, layout.num_words, dtype=torch.int32))
+    prepare_step_triton(source, **step.results, block_size=16)
 
 
 LAUNCHES: dict[str, Launch] = {

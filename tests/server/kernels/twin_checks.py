@@ -126,12 +126,16 @@ def check_rope_and_write_kv(
     assert torch.equal(values_there.cpu(), values)
 
 
-def check_prepare_step(device: torch.device, *, has_slot_lens: bool, seed: int, **sizes: int) -> None:
-    """Every number that the model reads. `sizes`: see `random_step`."""
-    step = random_step(random.Random(seed), has_slot_lens=has_slot_lens, **sizes)
-    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in step.inputs.items()}
+def check_prepare_step(device: torch.device, *, seed: int, **sizes: Any) -> None:
+    """Every number that the model, the sampler and later steps read. `sizes`: see `random_step`."""
+    step = random_step(random.Random(seed), **sizes)
+    source = step.source_on(device)
     results = {name: tensor.to(device, copy=True) for name, tensor in step.results.items()}
-    prepare_step_triton(**inputs, **results, block_size=BLOCK_SIZE)
-    prepare_step(**step.inputs, **step.results, block_size=BLOCK_SIZE)
+    prepare_step_triton(source, **results, block_size=BLOCK_SIZE)
+    prepare_step(step.source, **step.results, block_size=BLOCK_SIZE)
+    found = {name: tensor.cpu() for name, tensor in results.items()}
     for name, expected in step.results.items():
-        assert torch.equal(results[name].cpu(), expected), name
+        assert torch.equal(found[name], expected), name
+    assert torch.equal(source.block_tables.cpu(), step.source.block_tables)
+    assert torch.equal(source.parameters.cpu(), step.source.parameters)
+    assert torch.equal(source.stages, step.source.stages)
