@@ -12,7 +12,7 @@ from hotgraph_server.engine.stages import Stages
 from hotgraph_server.kernels.activation import ACTIVATIONS, gated_activation
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.prepare import StepSource, prepare_step
-from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_SAMPLED, RowRecord, StageLayout
+from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_SAMPLED, StageLayout
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
 from tests.gpu.decoders import CONFIGS, CUDA, TOLERANCES, arena_of, copied, decoder, relative_error
@@ -199,8 +199,8 @@ def works(num_tokens: int) -> dict[str, Callable[[], object]]:
     norm = draw(2 * num_heads, head_dim)
     gate_up, gated = draw(num_tokens, 2 * intermediate), draw(num_tokens, intermediate)
     stages = Stages(StageLayout(num_tokens, num_tokens, max_blocks, 14), 1, CUDA)
-    records = [RowRecord(slot, 300, slot, slot + 1, IS_SAMPLED | IS_LAST) for slot in range(num_tokens)]
-    stages.write_records(0, [word for record in records for word in record])
+    for slot in range(num_tokens):
+        stages.write_row(0, slot, slot, 300, slot, slot + 1, IS_SAMPLED | IS_LAST)
     source = StepSource(
         stages.layout,
         stages.tensor,

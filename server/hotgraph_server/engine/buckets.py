@@ -47,6 +47,7 @@ class Buckets:
         self._rows = Ladder(_grown(ROW_SIZES, max(1, min(max_rows, max_step_tokens - 1)), steps_per_doubling=1))
         self._max_padding_ratio = max_padding_ratio
         self._larger: dict[StepKey, tuple[StepKey, ...]] = {}
+        self._keys: dict[tuple[int, int, str], StepKey] = {}  # made once: that costs more than to look it up
         self._shapes = sorted(
             {(size, size) for size in self._decode.sizes}
             | {(tokens, rows) for tokens in self._tokens.sizes for rows in self._rows.sizes if rows < tokens}
@@ -63,12 +64,18 @@ class Buckets:
             return None
         if num_tokens == num_rows:
             size = self._decode.bucket(num_rows)
-            return None if size is None else StepKey(size, size, sampler)
+            return None if size is None else self._key(size, size, sampler)
         rows = self._rows.bucket(num_rows)
         if rows is None:
             return None
         tokens = self._tokens.bucket(max(num_tokens, rows + 1))
-        return None if tokens is None else StepKey(tokens, rows, sampler)
+        return None if tokens is None else self._key(tokens, rows, sampler)
+
+    def _key(self, tokens: int, rows: int, sampler: Sampler) -> StepKey:
+        found = self._keys.get((tokens, rows, sampler.value))
+        if found is None:
+            found = self._keys[tokens, rows, sampler.value] = StepKey(tokens, rows, sampler)
+        return found
 
     def larger(self, key: StepKey) -> tuple[StepKey, ...]:
         """Other keys whose graphs can run what `key` is for, nearest first, within the padding ratio of `key.tokens`."""

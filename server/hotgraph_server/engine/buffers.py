@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from hotgraph_server.batch import Batch, Row
 from hotgraph_server.config import BOUNDS
-from hotgraph_server.engine.slots import NUM_PARAMETER_WORDS, SlotChange, SlotTables
+from hotgraph_server.engine.slots import NUM_PARAMETER_WORDS, SlotTables
 from hotgraph_server.engine.stages import Stages
 from hotgraph_server.kernels.prepare import StepSource, prepare_step
-from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_NEW, IS_SAMPLED, StageLayout
+from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_SAMPLED, StageLayout
 from hotgraph_server.models.interface import StepTensors
 from hotgraph_server.request import TokenLogprobs
 
@@ -38,9 +38,10 @@ class SamplingWork:
 ALL_WORK = SamplingWork()
 """For graphs of a fixed shape, which must be able to do everything."""
 
+NO_WORK = SamplingWork(has_penalties=False, has_bias=False, has_bans=False, num_logprobs=None)
 
-@dataclass(frozen=True, slots=True)
-class HostStep:
+
+class HostStep(NamedTuple):
     """A step as it was filled in, padding left out. `order[i]` is the batch's index of row i; rows of one token first."""
 
     num_tokens: int
@@ -154,20 +155,21 @@ class StepBuffers:
 
         Nothing is copied: `prepare` reads it, and what is new of the rows' slots.
         """
-        slots, number = self.slots, self.num_runs
-        order: Sequence[int] = range(len(batch.rows))
+        slots, stages, number = self.slots, self._stages, self.num_runs
+        held_slots = slots.held
+        num_rows = len(batch.rows)
+        order: Sequence[int] = range(num_rows)
         ordered: Sequence[Row] = batch.rows
-        num_rows = len(ordered)
-        num_decode_rows = sum([row.num_tokens == 1 for row in ordered])
-        if num_decode_rows < num_rows:
-            order = sorted(order, key=lambda index: batch.rows[index].num_tokens != 1)
+        if num_rows > 1 and any(row.num_tokens > 1 for row in ordered):
+            order = sorted(order, key=lambda index: batch.rows[index].num_tokens > 1)
             ordered = [batch.rows[index] for index in order]
 
-        records: list[int] = []
+        row_slots: list[int] = []
+        query_lens: list[int] = []
+        context_lens: list[int] = []
         token_ids: list[int] = []
-        row_slots, query_lens, context_lens = [], [], []
-        changes, sources = slots.changes, dict[int, int]()
-        num_tokens = 0
+        told: dict[int, tuple[int, int, int, int]] = {}  # of slots that changed: what their rows say of it
+        num_tokens = num_decode_rows = 0
         has_ids = False
         for index, row in enumerate(ordered):
             slot, start, length = row.slot, row.start, row.num_tokens
@@ -178,44 +180,37 @@ class StepBuffers:
             else:
                 has_ids = True
                 token_ids += row.token_ids
-            offset, num_tokens = num_tokens, num_tokens + length
-            if changes and (change := changes.get(slot)) is not None:
-                if slot not in sources:
-                    sources[slot] = index
-                    self._write_change(number, index, slot, change)
-                if change.is_new:
-                    flags |= IS_NEW
-                source = sources[slot]
-                records += (slot, start, offset, num_tokens, flags, source, change.first_block, change.end_block)
+            offset = num_tokens
+            num_tokens += length
+            num_decode_rows += length == 1
+            if held_slots[slot].is_changed:
+                told[slot] = stages.write_slot(number, index, held_slots[slot])
+            if told and slot in told:
+                is_new, *change = told[slot]
+                stages.write_row(number, index, slot, start, offset, num_tokens, flags | is_new, *change)
             else:
-                records += (slot, start, offset, num_tokens, flags, 0, 0, 0)
+                stages.write_row(number, index, slot, start, offset, num_tokens, flags)
             row_slots.append(slot)
             query_lens.append(length)
             context_lens.append(start + length)
-        if num_rows < rows:
-            records += (slots.scratch_slot, 0, num_tokens, num_tokens, 0, 0, 0, 0) * (rows - num_rows)
-        self._stages.write_records(number, records)
+        for index in range(num_rows, rows):
+            stages.write_row(number, index, slots.scratch_slot, 0, num_tokens, num_tokens, 0)
         if has_ids:
-            self._stages.write_ids(number, token_ids)
-        for slot in sources:
-            del changes[slot]
+            stages.write_ids(number, token_ids)
 
-        work = SamplingWork(
-            has_penalties=not slots.penalised.isdisjoint(row_slots),
-            has_bias=not slots.biased.isdisjoint(row_slots),
-            has_bans=bool(slots.banned)
-            and any(length < slots.banned.get(slot, 0) for slot, length in zip(row_slots, context_lens, strict=True)),
-            num_logprobs=batch.num_logprobs,
-        )
+        work = NO_WORK
+        if slots.penalised or slots.biased or slots.banned or batch.num_logprobs is not None:
+            work = SamplingWork(
+                has_penalties=not slots.penalised.isdisjoint(row_slots),
+                has_bias=not slots.biased.isdisjoint(row_slots),
+                has_bans=bool(slots.banned)
+                and any(
+                    length < slots.banned.get(slot, 0) for slot, length in zip(row_slots, context_lens, strict=True)
+                ),
+                num_logprobs=batch.num_logprobs,
+            )
         self.step = HostStep(num_tokens, num_rows, num_decode_rows, query_lens, context_lens, order, work)
         return self.step
-
-    def _write_change(self, number: int, row: int, slot: int, change: SlotChange) -> None:
-        slots, first, end = self.slots, change.first_block, change.end_block
-        if first < end:
-            self._stages.write_blocks(number, row, first, slots.host_tables[slot, first:end])
-        if change.is_new:
-            self._stages.write_parameters(number, row, slots.host_parameters[slot])
 
     def prepare(self, tokens: int, rows: int, *, block_size: int) -> None:
         """The first work of a run: makes the shape's tensors and the slots' of what was filled in for it."""

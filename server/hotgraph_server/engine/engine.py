@@ -269,17 +269,16 @@ class TorchEngine:
         live, slot = self._live, self._live.slots.scratch_slot
         scheduler = self._settings.scheduler
         is_cuda = self._device.type == "cuda"
-        with torch.inference_mode():
-            if is_cuda:
-                torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
-            max_step_tokens = min(scheduler.max_step_tokens, context_length)  # of one row
-            for sampler, lengths in warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda):
-                rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
-                live.fill(Batch(step=0, rows=rows, sampler=sampler), len(rows))
-                self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)
-                live.buffers.note_run()
-                if is_cuda:  # before the next one is filled in, and before the shadow is used from another stream
-                    torch.cuda.synchronize(self._device)
+        if is_cuda:
+            torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
+        max_step_tokens = min(scheduler.max_step_tokens, context_length)  # of one row
+        for sampler, lengths in warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda):
+            rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
+            live.fill(Batch(step=0, rows=rows, sampler=sampler), len(rows))
+            self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)
+            live.buffers.note_run()
+            if is_cuda:  # before the next one is filled in, and before the shadow is used from another stream
+                torch.cuda.synchronize(self._device)
 
     # The core: shapes that nearly everyone needs, captured first and kept.
 
@@ -308,8 +307,7 @@ class TorchEngine:
         if self._is_failed:
             raise engine_failed()
         try:
-            with torch.inference_mode():
-                launched = self._launch(batch)
+            launched = self._launch(batch)
         except Exception as error:
             raise self._fail(batch, error) from error
         return Deferred(lambda: self._finish(batch, launched))

@@ -70,12 +70,13 @@ class StepProgram:
     ) -> None:
         """One step of this shape. `is_fixed`: nothing of the step at hand shapes the work. `give_way`: see Model.forward."""
         buffers = state.buffers
-        buffers.prepare(tokens, rows, block_size=self._kv_cache.block_size)
-        step = buffers.step_tensors(tokens, rows)
-        logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
-        if give_way is not None and sampler is Sampler.FILTERED:
-            give_way(math.inf)  # its many kernels are a part of their own
-        sample_step(logits, buffers, sampler, ALL_WORK if is_fixed else buffers.step.work)
+        with torch.inference_mode():  # a mode of the thread
+            buffers.prepare(tokens, rows, block_size=self._kv_cache.block_size)
+            step = buffers.step_tensors(tokens, rows)
+            logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
+            if give_way is not None and sampler is Sampler.FILTERED:
+                give_way(math.inf)  # its many kernels are a part of their own
+            sample_step(logits, buffers, sampler, ALL_WORK if is_fixed else buffers.step.work)
 
     def bind(self, key: StepKey) -> Callable[[], None]:
         """See graphcache.Program. Runs the shape once on the shadow, which loads what it needs and says what it must give."""
@@ -87,11 +88,9 @@ class StepProgram:
         if self._shadow is not None and key not in self._expected:
             self._expected[key] = self._probe_shadow(key, self._shadow, self._backend.warm_up)
 
-        def work() -> None:
-            with torch.inference_mode():  # a mode of the thread
-                self.run(self._live, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=self._backend.give_way)
-
-        return work
+        return lambda: self.run(
+            self._live, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=self._backend.give_way
+        )
 
     def verify(self, key: StepKey, replay: Callable[[], None]) -> bool | None:
         """Whether a probe step gives what the shadow gave eagerly; None for yes, when the graph itself is not replayed yet.
@@ -132,13 +131,11 @@ class StepProgram:
         batch = self._probe.batch(key, shadow.slots.probe_slot)
 
         def fill() -> None:
-            with torch.inference_mode():
-                shadow.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
-                shadow.buffers.counter.fill_(shadow.buffers.num_runs)  # the run before may have failed half way
+            shadow.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
+            shadow.buffers.counter.fill_(shadow.buffers.num_runs)  # the run before may have failed half way
 
         def work() -> None:
-            with torch.inference_mode():
-                self.run(shadow, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=self._backend.give_way)
+            self.run(shadow, key.tokens, key.rows, key.sampler, is_fixed=True, give_way=self._backend.give_way)
 
         self._backend.warm_up(fill)
         run_apart(work)
@@ -149,11 +146,10 @@ class StepProgram:
         assert self._probe is not None
         live = self._live
         batch = self._probe.batch(key, live.slots.probe_slot)
-        with torch.inference_mode():
-            live.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
-            replay()
-            number = live.buffers.note_run()
-            live.buffers.counter.fill_(number + 1)  # whatever it did, the next run is counted right
+        live.fill(batch, key.rows, probe_blocks=self._kv_cache.probe_blocks)
+        replay()
+        number = live.buffers.note_run()
+        live.buffers.counter.fill_(number + 1)  # whatever it did, the next run is counted right
         return self._thread.after_launched(lambda: live.buffers.results(number, len(batch.rows)))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from graphcache import Clock, Graph, GraphCache
 from hotgraph_server.batch import Batch, StepKey, StepReceipt
 from hotgraph_server.engine.buckets import Buckets
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """How one step runs. `graph` is held until `finish`; None means eagerly. `tokens` and `rows` are what is computed."""
 
     key: StepKey | None
@@ -44,14 +43,16 @@ class GraphChooser:
         key = None if batch.is_eager else self._buckets.key(num_tokens, num_rows, batch.sampler)
         if key is None:
             return Choice(None, None, num_tokens, num_rows, None)
-        for candidate in (key, *self._buckets.larger(key)):
-            graph = self._cache.lookup(candidate)
-            # An eviction may come between the lookup and the hold: then the graph is as good as not there.
-            if graph is not None and graph.acquire():
-                age_seconds = max(0.0, self._clock.monotonic() - graph.publish_monotonic)
-                shape = (candidate.tokens, candidate.rows) if self._is_padded else (num_tokens, num_rows)
-                return Choice(key, graph, *shape, age_seconds)
-        return Choice(key, None, num_tokens, num_rows, None)
+        graph = self._cache.acquire(key)
+        if graph is None:
+            larger = map(self._cache.acquire, self._buckets.larger(key))
+            graph = next((found for found in larger if found is not None), None)
+        if graph is None:
+            return Choice(key, None, num_tokens, num_rows, None)
+        age_seconds = max(0.0, self._clock.monotonic() - graph.publish_monotonic)
+        if self._is_padded:
+            num_tokens, num_rows = graph.key.tokens, graph.key.rows
+        return Choice(key, graph, num_tokens, num_rows, age_seconds)
 
     def launched(self) -> None:
         """The step of the last choice is on its way."""

@@ -3,14 +3,14 @@
 Two rows more than there are slots: the scratch slot, which padding rows read and write, and the probe slot, which belongs to
 the verification of graphs.
 
-Block tables and parameters travel with the next step that has a row in the slot (`changes`): nobody else reads them. Biases
+Block tables and parameters travel with the next step that has a row in the slot (`HostSlot`): nobody else reads them. Biases
 and bans, which are rare, are copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import Struct
 
 import numpy as np
@@ -31,28 +31,28 @@ NUM_PARAMETER_WORDS = _PARAMETERS.size // 4
 
 
 @dataclass(slots=True)
-class SlotChange:
-    """What the device has not been told of a slot: blocks first_block .. end_block - 1 of its table. `is_new`: it was assigned,
-    so that its parameters are others, and all other blocks are gone."""
+class HostSlot:
+    """A slot as the host has it: `blocks` is its table, and `parameters` are words as they stand in SlotTables.parameters.
 
-    is_new: bool
-    first_block: int = 0
-    end_block: int = 0
+    The device is behind where the slot `is_new`, that is assigned, so that its parameters are others and all older blocks
+    gone; and by blocks from `num_told` on. Who tells it notes that here.
+    """
 
-    def add_blocks(self, first: int, end: int) -> None:
-        """Blocks first .. end - 1, too, and all between."""
-        if self.first_block == self.end_block:
-            self.first_block, self.end_block = first, end
-        else:
-            self.first_block, self.end_block = min(self.first_block, first), max(self.end_block, end)
+    parameters: bytes
+    blocks: list[int] = field(default_factory=list)
+    is_new: bool = False
+    num_told: int = 0
+
+    @property
+    def is_changed(self) -> bool:
+        return self.is_new or self.num_told < len(self.blocks)
 
 
 class SlotTables:
     """All slots. Written by the host at assignments and block appends, by kernels when a row samples.
 
-    `host_tables` (int32 [S, max_blocks]) and `host_parameters` (int32 [S, NUM_PARAMETER_WORDS]) are as the host has them, and
-    `changes` says for which slots the device is behind; who tells it removes the entry. `upload` is called once for each step
-    that changed anything, at most `num_stages` times until the first of them is over.
+    `held` has each slot as the host has it. `upload` is called once for each step that changed anything, at most `num_stages`
+    times until the first of them is over.
     """
 
     def __init__(
@@ -67,12 +67,8 @@ class SlotTables:
             return Mirrored((size, *row), dtype, device, num_stages=num_stages)
 
         # The host's to write. A row is a slot.
-        self.host_tables = np.zeros((size, max_blocks), np.int32)
-        self.host_parameters = np.zeros((size, NUM_PARAMETER_WORDS), np.int32)
-        self._parameters = self.host_parameters.data
-        for slot in range(size):  # greedy, with nothing that changes a logit
-            _PARAMETERS.pack_into(self._parameters, slot * _PARAMETERS.size, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0)
-        self.changes: dict[int, SlotChange] = {}
+        neutral = _PARAMETERS.pack(0, 1, 0, 1, 0, 0, 0, 0, 0, 0)  # greedy, with nothing that changes a logit
+        self.held = [HostSlot(neutral) for _ in range(size)]
         self._bias_ids = mirrored(BOUNDS.max_logit_bias, dtype=np.int64)
         self._bias_values = mirrored(BOUNDS.max_logit_bias, dtype=np.float32)
         self._banned_ids = mirrored(MAX_BANNED, dtype=np.int64)
@@ -83,7 +79,8 @@ class SlotTables:
         self._changed_bans: set[int] = set()
         # The kernels' to read, and `prepare_step`'s to write.
         self.block_tables = torch.zeros(size, max_blocks, dtype=torch.int32, device=device)
-        self.parameters = torch.tensor(self.host_parameters, device=device)
+        words = np.frombuffer(neutral * size, np.int32).reshape(size, NUM_PARAMETER_WORDS)
+        self.parameters = torch.tensor(words, device=device)
         self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = (
             self.parameters[:, :6].view(torch.float32).unbind(1)
         )
@@ -106,18 +103,23 @@ class SlotTables:
             self._assign_one(assignment)
 
     def append_blocks(self, appends: Iterable[BlockAppend]) -> None:
-        """Enters blocks into block tables."""
+        """Enters blocks into block tables, each behind those that are there or in the place of one."""
         for append in appends:
-            self.host_tables[append.slot, append.index] = append.block
-            self._changed(append.slot).add_blocks(append.index, append.index + 1)
+            held, index = self.held[append.slot], append.index
+            if index == len(held.blocks):
+                held.blocks.append(append.block)
+            else:
+                held.blocks[index] = append.block
+                held.num_told = min(held.num_told, index)
 
     def set_blocks(self, slot: int, blocks: Sequence[int]) -> None:
-        """The first entries of one slot's block table."""
-        self.host_tables[slot, : len(blocks)] = blocks
-        self._changed(slot).add_blocks(0, len(blocks))
+        """The whole block table of a slot that was assigned for this step."""
+        self.held[slot].blocks = list(blocks)
 
     def upload(self) -> None:
         """Makes biases and bans that were written visible to the steps that are launched from now on."""
+        if not (self._changed_biases or self._changed_bans):
+            return
         for changed, arrays in (
             (self._changed_biases, (self._bias_ids, self._bias_values)),
             (self._changed_bans, (self._banned_ids,)),
@@ -139,22 +141,12 @@ class SlotTables:
             positions=positions,
         )
 
-    def _changed(self, slot: int) -> SlotChange:
-        change = self.changes.get(slot)
-        if change is None:
-            change = self.changes[slot] = SlotChange(is_new=False)
-        return change
-
     def _assign_one(self, assignment: SlotAssignment) -> None:
         slot, sampling = assignment.slot, assignment.sampling
         banned_until, banned = assignment.banned_until or (0, ())
         if len(banned) > MAX_BANNED:
             raise ValueError(f"{len(banned)} tokens are banned in slot {slot}, at most {MAX_BANNED} can be")
-        self.host_tables[slot] = 0
-        self.changes[slot] = SlotChange(is_new=True)
-        _PARAMETERS.pack_into(
-            self._parameters,
-            slot * _PARAMETERS.size,
+        parameters = _PARAMETERS.pack(
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
@@ -166,6 +158,7 @@ class SlotTables:
             assignment.seed & 0xFFFFFFFF,
             assignment.seed >> 32,
         )
+        self.held[slot] = HostSlot(parameters, is_new=True)
         if banned or slot in self.banned:
             self._banned_ids.host[slot] = -1
             self._banned_ids.host[slot, : len(banned)] = banned

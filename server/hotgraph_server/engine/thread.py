@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class ForwardThread:
         self._launched: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._is_closed = False
+        self._stream: torch.cuda.Stream | None = None
+        self._events: deque[torch.cuda.Event] = deque()  # that nobody waits for
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._reader = threading.Thread(target=self._read, name=f"{name}-reader", daemon=True)
 
@@ -119,11 +122,13 @@ class ForwardThread:
         """
         if self._device is None:
             return Deferred(read)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        # Nobody else takes one.
+        event = self._events.popleft() if self._events else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
 
         def finish() -> T:
             event.synchronize()  # without the interpreter's lock
+            self._events.append(event)
             return read()
 
         return Deferred(finish)
@@ -147,8 +152,8 @@ class ForwardThread:
     def _run(self) -> None:
         if self._device is not None:
             torch.cuda.set_device(self._device)
-            stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
-            torch.cuda.set_stream(stream)
+            self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+            torch.cuda.set_stream(self._stream)
         while (job := self._jobs.get()) is not None:
             job()
         self._launched.put(None)

@@ -123,8 +123,6 @@ class Sequences:
             token_ids = None if is_last else [rng.randrange(VOCABULARY_SIZE) for _ in range(length)]
             rows.append(Row(slot, sequence.num_tokens, length, token_ids, is_sampled=rng.random() < 0.8))
         appends = [append for slot in touched for append in self._grow(slot, rows)]
-        # The order of appends means nothing.
-        rng.shuffle(appends)
         batch = Batch(step, rows, assignments, appends, sampler=rng.choice(list(Sampler)))
         tokens, num_rows = shape or (
             rng.randint(batch.num_tokens, MAX_TOKENS),

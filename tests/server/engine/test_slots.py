@@ -92,15 +92,23 @@ def test_what_changed_waits_for_a_step_with_the_slot() -> None:
     step(2)
     assert slots.block_tables[1].tolist() == [0, 0, 0, 0]
     assert (slots.temperature[1].item(), slots.temperature[2].item()) == (0.0, 0.5)
-    assert list(slots.changes) == [1]
+    assert [held.is_changed for held in slots.held] == [False, True, False, False, False]
     slots.append_blocks([BlockAppend(1, 1, 9), BlockAppend(1, 2, 5)])
     step(1)
     assert slots.block_tables[1].tolist() == [8, 9, 5, 0]
     assert (slots.temperature[1].item(), slots.seeds[1].tolist()) == (0.5, [7, 0])
-    slots.append_blocks([BlockAppend(1, 3, 6)])
+    slots.append_blocks([BlockAppend(1, 3, 6), BlockAppend(1, 1, 7)])
     step(1)
-    assert slots.block_tables[1].tolist() == [8, 9, 5, 6]
-    assert not slots.changes
+    assert slots.block_tables[1].tolist() == [8, 7, 5, 6]
+    assert not any(held.is_changed for held in slots.held)
+
+
+def test_a_block_table_has_no_gaps() -> None:
+    """A block behind entries that nobody gave is an IndexError, not a table with something else between."""
+    slots, _ = make()
+    slots.append_blocks([BlockAppend(0, 0, 8)])
+    with pytest.raises(IndexError):
+        slots.append_blocks([BlockAppend(0, 2, 9)])
 
 
 def test_a_slot_that_was_never_assigned_is_neutral() -> None:

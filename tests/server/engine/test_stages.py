@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hotgraph_server.engine.slots import HostSlot
 from hotgraph_server.engine.stages import Stages
-from hotgraph_server.kernels.prepare_stage import StageLayout
+from hotgraph_server.kernels.prepare_stage import IS_NEW, StageLayout
 from tests.server.engine.stage_checks import check_steps
 from tests.server.kernels.interpreter import run_interpreted
 
@@ -31,19 +32,20 @@ def test_parts_are_written_where_the_device_looks() -> None:
     expected = torch.randint(-(2**31), 2**31, stages.tensor.shape, dtype=torch.int32)
     stages.tensor.copy_(expected)
     for number in (7, 0, 2):
-        words, ids, blocks, parameters = (
+        record, ids, blocks, parameters = (
             torch.tensor([rng.randrange(-(2**31), 2**31) for _ in range(count)], dtype=torch.int32)
-            for count in (24, 60, 4, 14)
+            for count in (8, 60, 6, 14)
         )
-        stages.write_records(number, words.tolist())
+        held = HostSlot(parameters.numpy().tobytes(), blocks.tolist(), is_new=True, num_told=2)
+        stages.write_row(number, 2, *record.tolist())
         stages.write_ids(number, ids.tolist())
-        stages.write_blocks(number, 3, 2, blocks.numpy())
-        stages.write_parameters(number, 4, parameters.numpy())
+        assert stages.write_slot(number, 3, held) == (IS_NEW, 3, 2, 6)
+        assert not held.is_changed
         stage = expected[number % 3]
-        layout.records(stage)[:3] = words.view(3, 8)
+        layout.records(stage)[2] = record
         layout.token_ids(stage)[:60] = ids
-        layout.tables(stage)[3, 2:6] = blocks
-        layout.parameters(stage)[4] = parameters
+        layout.tables(stage)[3, 2:6] = blocks[2:]
+        layout.parameters(stage)[3] = parameters
         assert torch.equal(stages.tensor, expected)
 
 
