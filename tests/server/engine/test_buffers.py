@@ -8,6 +8,7 @@ import torch
 from hotgraph_server.batch import Batch, Row, SlotAssignment
 from hotgraph_server.engine.buffers import RunLostError, StepBuffers
 from hotgraph_server.engine.slots import SlotTables
+from hotgraph_server.kernels.prepare_stage import IS_NEW, IS_SAMPLED
 from hotgraph_server.kernels.ring import write_ring
 from hotgraph_server.request import SamplingParams
 
@@ -44,6 +45,10 @@ def test_rows_of_one_slot_all_see_what_is_new_of_it() -> None:
         slots.set_blocks(1, blocks)
         rows = [Row(1, start, 2, [5, 6], True) for start in (0, 2)]
         buffers.fill(Batch(step=0, rows=rows), 3)
+        stages = buffers._stages
+        records = stages.layout.records(stages.tensor)[buffers.num_runs % 2, :2]
+        # Each for itself: on a GPU no row waits for another to have told the slot.
+        assert records[:, 4:].tolist() == [[IS_SAMPLED | IS_NEW, 0, 0, len(blocks)]] * 2
         buffers.prepare(6, 3, block_size=4)
         write_ring(buffers.ring_ids, buffers.ring_values, buffers.counter, torch.arange(2), buffers.values[:, :2])
         buffers.note_run()
