@@ -23,17 +23,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvloop
-
 from benchmarks.wire.trace import RESULT, STEP, WORK, Stamps, Trace
 from graphcache import Clock
 from hotgraph_client import Client, HotgraphError
 from hotgraph_server.batch import Batch, StepOutput
 from hotgraph_server.config import ServerSettings, Settings
-from hotgraph_server.daemon import SWITCH_INTERVAL_SECONDS, Parts, serve
+from hotgraph_server.daemon import Parts, serve
 from hotgraph_server.engine.fake import FakeEngine
 from hotgraph_server.text import ByteTokenizer
-from hotgraph_server.threads import in_daemon_thread
+from hotgraph_server.threads import in_daemon_thread, run_event_loop
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -108,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def build(settings: Settings, clock: Clock) -> Parts:
         return Parts(ThreadEngine(arguments.step_ms / 1e3, trace, clock), ByteTokenizer(), "fake")
 
-    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(serve(settings, build=build))
+    status = int(run_event_loop(serve(settings, build=build)))
     arguments.trace.write_text(json.dumps(trace.requests), encoding="utf-8")
     return status
 

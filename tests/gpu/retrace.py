@@ -52,7 +52,7 @@ async def retrace(model: Model, steps: Sequence[TracedStep], **options: Any) -> 
     choose, run = engine._chooser.choose, engine._program.run
 
     def choose_traced(batch: Batch) -> Choice:
-        return replace(choose(replace(batch, is_eager=True)), tokens=step.tokens, rows=step.rows)
+        return choose(replace(batch, is_eager=True))._replace(tokens=step.tokens, rows=step.rows)
 
     def run_traced(state: StepState, tokens: int, rows: int, sampler: Sampler) -> None:
         graph = step.graph
