@@ -71,7 +71,7 @@ ROW_CLASSES = (1, 2, 8, 16)
 _BEST: dict[str, tuple[SumTuning, SumTuning, DotTuning, DotTuning]] = {
     "qkv": (
         SumTuning(4, 4096, num_warps=4, ahead=1, triggers_late=True),
-        SumTuning(4, 4096, num_warps=4, ahead=1, triggers_late=True),
+        SumTuning(4, 2048, num_warps=4, ahead=1, triggers_late=True),
         DotTuning(16, parts=2, num_warps=2, ahead=6, tokens_ahead=2, triggers_late=True),
         DotTuning(32, parts=2, num_warps=2, ahead=3, tokens_ahead=2, triggers_late=True),
     ),
