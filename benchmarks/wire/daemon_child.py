@@ -74,6 +74,7 @@ class ThreadEngine(FakeEngine):
             self._trace.mark(WORK)
             batch, token_ids, failed_rows, future = step
             choice = chooser.choose(batch)
+            chooser.launched()
             if self._seconds:
                 time.sleep(self._seconds)
             receipt = chooser.finish(batch, choice, self._seconds)

@@ -44,8 +44,15 @@ def trace(engine: TorchEngine) -> list[TracedStep]:
 async def retrace(model: Model, steps: Sequence[TracedStep], **options: Any) -> None:
     """Runs the steps on a new engine without graphs, and compares every token. `options`: those of the traced service.
 
-    Raises AssertionError for the first step that differs.
+    Raises AssertionError for the first step that differs, and says whether it does so each time.
     """
+    found = await _first_difference(model, steps, options)
+    if found is not None:
+        assert found is None, (found, "once more", await _first_difference(model, steps, options))
+
+
+async def _first_difference(model: Model, steps: Sequence[TracedStep], options: dict[str, Any]) -> str | None:
+    """In words, or None."""
     engine = TorchEngine(Loaded(model), settings_of(**options), backend=EagerBackend(), run_ahead=0)
     await engine.start()
     step = steps[0]
@@ -63,6 +70,13 @@ async def retrace(model: Model, steps: Sequence[TracedStep], **options: Any) -> 
     try:
         for index, step in enumerate(steps):
             output = await engine.step(step.batch)
-            assert list(output.token_ids) == list(step.token_ids), (index, step.graph, step.tokens, step.rows)
+            rows = zip(step.batch.rows, output.token_ids, step.token_ids, strict=True)
+            different = [
+                (row.slot, row.start, row.num_tokens, ours, theirs) for row, ours, theirs in rows if ours != theirs
+            ]
+            if different:
+                shape = f"{step.batch.num_tokens} tokens of {len(step.batch.rows)} rows as ({step.tokens}, {step.rows})"
+                return f"step {index} of {len(steps)}, {shape}, {step.graph}: (slot, start, tokens, eager, then) {different}"
     finally:
         await engine.close()
+    return None

@@ -253,6 +253,7 @@ class FakeEngine:
             await self._released.wait()
             self._is_held.clear()
         choice = self._chooser.choose(batch)
+        self._chooser.launched()
         try:
             await self._pass_time(batch)
             if (error := self._fail_steps.get(batch.step)) is not None:

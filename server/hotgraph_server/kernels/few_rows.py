@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from hotgraph_server.kernels.activation import gated_activation
+from hotgraph_server.kernels.again import launch, launched_again, places
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.norm import rms_norm
 from hotgraph_server.kernels.rope import RopePlan
@@ -94,6 +95,7 @@ _BEST: dict[str, tuple[SumTuning, SumTuning, DotTuning, DotTuning]] = {
         DotTuning(16, parts=4, num_warps=4, ahead=2, tokens_ahead=2),
     ),
 }
+_PDL: dict[bool, dict[str, bool]] = {False: {}, True: {"launch_pdl": True}}  # the interpreter does not know it
 # Programs from which on there is one for each of the 132 multiprocessors of an H200, or nearly.
 _FEW_PROGRAMS = 128
 
@@ -328,11 +330,44 @@ class _Product:
     pdl: bool
 
 
-def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
-    # Torch for the CPU alone comes without Triton.
-    from hotgraph_server.kernels.few_rows_kernels import dots_kernel, norm_kernel, sums_kernel
+def normed_triton(
+    x: torch.Tensor, norm: torch.Tensor, epsilon: float, out: torch.Tensor | None, *, pdl: bool
+) -> torch.Tensor:
+    """`norm.rms_norm` as a link of a chain, in `out` or new: what products that do not norm themselves are given."""
+    # Torch for the CPU alone comes without Triton; so below.
+    from hotgraph_server.kernels.few_rows_kernels import norm_kernel
 
+    out = torch.empty_like(x) if out is None else out
+    key = ("norm", x.shape, epsilon, pdl, *places(x, norm, out))
+    if launched_again(key):
+        return out
+    assert x.is_contiguous(), "x is contiguous"
+    num_rows, num_inputs = x.shape
+    block = next_power_of_two(num_inputs)
+    arguments = {"out": out, "x": x, "norm": norm, "epsilon": epsilon, "K": num_inputs, "BLOCK": block, "PDL": pdl}
+    options = {"num_warps": min(max(block // 512, 1), 16), **_PDL[pdl]}
+    launch(key, norm_kernel, (num_rows,), {**arguments, **options})
+    return out
+
+
+def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     x, weight = product.x, product.weight
+    is_sum = isinstance(tuning, SumTuning)
+    if not is_sum and product.norm is not None:
+        x = normed_triton(x, product.norm, product.epsilon, product.normed, pdl=product.pdl)
+    key = (
+        "few",
+        x.shape,
+        weight.shape,
+        tuning,
+        product.pdl,
+        product.epsilon,
+        *places(x, weight, product.out, product.bias, product.norm if is_sum else None, *epilogue.values()),
+    )
+    if launched_again(key):
+        return
+    from hotgraph_server.kernels.few_rows_kernels import dots_kernel, sums_kernel
+
     num_rows, num_inputs = x.shape
     assert 1 <= num_rows <= MAX_ROWS, "few rows"
     assert weight.is_contiguous(), "a weight as `make_linear` has it"
@@ -340,11 +375,10 @@ def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     assert product.out.is_contiguous(), "the result is contiguous"
     assert num_inputs % 16 == 0, "loads of 16 bytes"
     assert x.element_size() == weight.element_size() == 2, "16 bits"
-    # Named only where it is wanted: the interpreter does not know it.
-    launch_pdl = {"launch_pdl": True} if product.pdl else {}
     options = {
         **epilogue,
-        **launch_pdl,
+        **_PDL[product.pdl],
+        "out": product.out,
         "bias": product.bias,
         "N": len(weight),
         "K": num_inputs,
@@ -358,44 +392,20 @@ def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     grid = (-(-len(weight) // tuning.block_rows),)
     if isinstance(tuning, SumTuning):
         assert num_rows <= MAX_SUM_ROWS, "a tuning for more rows"
-        sums_kernel[grid](
-            out=product.out,
-            x=x,
-            weight=weight,
-            norm=product.norm,
-            epsilon=product.epsilon,
-            TOKENS=num_rows,
-            TILE=tuning.tile,
-            **options,
-        )
+        own = {"x": x, "weight": weight, "norm": product.norm, "epsilon": product.epsilon}
+        launch(key, sums_kernel, grid, {**own, "TOKENS": num_rows, "TILE": tuning.tile, **options})
         return
-    if product.norm is not None:
-        normed = torch.empty_like(x) if product.normed is None else product.normed
-        block = next_power_of_two(num_inputs)
-        norm_kernel[(num_rows,)](
-            normed,
-            x,
-            product.norm,
-            product.epsilon,
-            K=num_inputs,
-            BLOCK=block,
-            PDL=product.pdl,
-            num_warps=min(max(block // 512, 1), 16),
-            **launch_pdl,
-        )
-        x = normed
-    dots_kernel[grid](
-        out=product.out,
-        x=x.view(torch.int32),
-        weight=weight.view(torch.int32),
-        num_tokens=num_rows,
-        TOKEN_HALVES=1 if num_rows <= 8 else 2,
-        PARTS=tuning.parts,
-        WARPS=tuning.num_warps,
-        TOKENS_AHEAD=tuning.tokens_ahead,
-        IS_BFLOAT16=x.dtype == torch.bfloat16,
-        **options,
-    )
+    own = {
+        "x": x.view(torch.int32),
+        "weight": weight.view(torch.int32),
+        "num_tokens": num_rows,
+        "TOKEN_HALVES": 1 if num_rows <= 8 else 2,
+        "PARTS": tuning.parts,
+        "WARPS": tuning.num_warps,
+        "TOKENS_AHEAD": tuning.tokens_ahead,
+        "IS_BFLOAT16": x.dtype == torch.bfloat16,
+    }
+    launch(key, dots_kernel, grid, {**own, **options})
 
 
 def row_class(num_rows: int) -> int:

@@ -15,10 +15,12 @@ A product of few outputs leaves multiprocessors idle unless its sums are split a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 from hotgraph_server.kernels import few_rows
+from hotgraph_server.kernels.again import launch, launched_again, places
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.rope import RopePlan
@@ -123,9 +125,18 @@ class SplitRoom:
 
     def holds(self, tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
         """Whether a product cut up so finds its place here, with room for so many tokens."""
-        num_blocks = -(-num_weight_rows // tuning.block_rows)
-        num_partials = num_blocks * tuning.tile_rows * room * tuning.splits
-        return num_blocks <= self.arrivals.numel() and num_partials <= self.partials.numel()
+        return _holds(self.sizes, tuning, num_weight_rows, room)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of partials and of arrivals."""
+        return self.partials.numel(), self.arrivals.numel()
+
+
+def _holds(sizes: tuple[int, int], tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
+    num_blocks = -(-num_weight_rows // tuning.block_rows)
+    num_partials = num_blocks * tuning.tile_rows * room * tuning.splits
+    return num_partials <= sizes[0] and num_blocks <= sizes[1]
 
 
 def runs_on(device: torch.device) -> bool:
@@ -224,7 +235,7 @@ def tile_rows_linear_triton(
             len(x), *weight.shape, is_gated=activation is not None, is_normed=norm is not None, split_room=split_room
         )
     if norm is not None:
-        x = _normed(x, norm, epsilon, normed, pdl=pdl)
+        x = few_rows.normed_triton(x, norm, epsilon, normed, pdl=pdl)
     _launch(
         x,
         weight,
@@ -316,7 +327,7 @@ def tile_rows_qkv_triton(
     if tuning is None:
         tuning = tuned(len(x), *weight.shape, is_gated=False, is_normed=True, head_dim=head_dim, split_room=split_room)
     if norm is not None:
-        x = _normed(x, norm, epsilon, normed, pdl=pdl)
+        x = few_rows.normed_triton(x, norm, epsilon, normed, pdl=pdl)
     _launch(
         x,
         weight,
@@ -353,7 +364,20 @@ def tuned(
 
     There are three kernels for each weight: for up to 16 rows, 32 and 64.
     """
-    room = room_for(num_rows)
+    sizes = None if split_room is None else split_room.sizes
+    return _tuned(room_for(num_rows), num_weight_rows, num_inputs, is_gated, is_normed, head_dim, sizes)
+
+
+@cache  # of as many as a model has products, and asked for each of them in each step
+def _tuned(
+    room: int,
+    num_weight_rows: int,
+    num_inputs: int,
+    is_gated: bool,
+    is_normed: bool,
+    head_dim: int,
+    split_sizes: tuple[int, int] | None,
+) -> TileTuning:
     if is_gated:
         name = "gate_up"
     elif is_normed:
@@ -365,7 +389,7 @@ def tuned(
     while head_dim > 0 and (head_dim // 2) % (tuning.block_rows // 2) != 0:
         tuning = _halved(tuning)
     if tuning.splits > 1 and (
-        num_inputs < _FEW_INPUTS or split_room is None or not split_room.holds(tuning, num_weight_rows, room)
+        num_inputs < _FEW_INPUTS or split_sizes is None or not _holds(split_sizes, tuning, num_weight_rows, room)
     ):
         tuning = replace(tuning, splits=1)
     # Small models: few programs take fewer rows each, and no stage is requested that lies beyond the weight.
@@ -391,30 +415,6 @@ def _num_steps(tuning: TileTuning, num_inputs: int) -> int:
     return -(-num_inputs // (_COLUMNS * tuning.parts * tuning.splits))
 
 
-def _normed(
-    x: torch.Tensor, norm: torch.Tensor, epsilon: float, out: torch.Tensor | None, *, pdl: bool
-) -> torch.Tensor:
-    # Torch for the CPU alone comes without Triton; so below.
-    from hotgraph_server.kernels.few_rows_kernels import norm_kernel
-
-    assert x.is_contiguous(), "x is contiguous"
-    out = torch.empty_like(x) if out is None else out
-    num_inputs = x.shape[1]
-    block = next_power_of_two(num_inputs)
-    norm_kernel[(len(x),)](
-        out,
-        x,
-        norm,
-        epsilon,
-        K=num_inputs,
-        BLOCK=block,
-        PDL=pdl,
-        num_warps=min(max(block // 512, 1), 16),
-        **_PDL[pdl],
-    )
-    return out
-
-
 def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -424,8 +424,42 @@ def _launch(
     split_room: SplitRoom | None,
     *,
     pdl: bool,
+    residual: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
+    table: torch.Tensor | None,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
     **epilogue: object,
 ) -> None:
+    is_split = tuning.splits > 1
+    partials = split_room.partials if is_split and split_room is not None else None
+    arrivals = split_room.arrivals if is_split and split_room is not None else None
+    key = (
+        "tiles",
+        x.shape,
+        weight.shape,
+        tuning,
+        pdl,
+        *places(
+            *epilogue.values(),
+            x,
+            weight,
+            out,
+            bias,
+            partials,
+            arrivals,
+            residual,
+            positions,
+            kv_indices,
+            table,
+            keys,
+            values,
+        ),
+    )
+    if launched_again(key):
+        return
+
     from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]  # without types
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # type: ignore[import-untyped]  # as above
 
@@ -449,25 +483,32 @@ def _launch(
     box_rows = tuning.block_rows // 2 if is_paired else tuning.block_rows
     # What the copy engine is told of a matrix goes to the kernel by value, so a graph keeps it.
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    tiles_kernel[(-(-len(weight) // tuning.block_rows), tuning.splits)](
-        out=out,
-        x=TensorDescriptor(x, [num_rows, num_inputs], [num_inputs, 1], [room, _COLUMNS], layout),
-        weight=TensorDescriptor(weight, [len(weight), num_inputs], [num_inputs, 1], [box_rows, _COLUMNS], layout),
-        bias=bias,
-        partials=None if tuning.splits == 1 or split_room is None else split_room.partials,
-        arrivals=None if tuning.splits == 1 or split_room is None else split_room.arrivals,
-        num_tokens=num_rows,
-        N=len(weight),
-        K=num_inputs,
-        TOKENS=room,
-        TILE_ROWS=tuning.tile_rows,
-        BOX_ROWS=box_rows,
-        PARTS=tuning.parts,
-        STAGES=tuning.num_stages,
-        SPLITS=tuning.splits,
-        PDL=pdl,
-        TRIGGERS_LATE=tuning.triggers_late,
-        num_warps=tuning.num_warps,
+    arguments = {
+        "out": out,
+        "x": TensorDescriptor(x, [num_rows, num_inputs], [num_inputs, 1], [room, _COLUMNS], layout),
+        "weight": TensorDescriptor(weight, [len(weight), num_inputs], [num_inputs, 1], [box_rows, _COLUMNS], layout),
+        "bias": bias,
+        "partials": partials,
+        "arrivals": arrivals,
+        "residual": residual,
+        "positions": positions,
+        "kv_indices": kv_indices,
+        "table": table,
+        "keys": keys,
+        "values": values,
+        "num_tokens": num_rows,
+        "N": len(weight),
+        "K": num_inputs,
+        "TOKENS": room,
+        "TILE_ROWS": tuning.tile_rows,
+        "BOX_ROWS": box_rows,
+        "PARTS": tuning.parts,
+        "STAGES": tuning.num_stages,
+        "SPLITS": tuning.splits,
+        "PDL": pdl,
+        "TRIGGERS_LATE": tuning.triggers_late,
+        "num_warps": tuning.num_warps,
         **_PDL[pdl],
         **epilogue,
-    )
+    }
+    launch(key, tiles_kernel, (-(-len(weight) // tuning.block_rows), tuning.splits), arguments)
