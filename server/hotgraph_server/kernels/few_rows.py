@@ -68,7 +68,7 @@ ROW_CLASSES = (1, 2, 8, 16)
 """There is a kernel for one row, one for two, one for up to 8 and one for up to 16, and a tuning for each."""
 
 # For one row, for two, for up to 8, for up to 16. What follows the QKV product is let start only after that one's own wait:
-# attention waits at once, and so has nothing to do before.
+# attention then knows that older keys are complete, and reads them before its own.
 _BEST: dict[str, tuple[SumTuning, SumTuning, DotTuning, DotTuning]] = {
     "qkv": (
         SumTuning(4, 4096, num_warps=4, ahead=1, triggers_late=True),
