@@ -48,7 +48,7 @@ async def retrace(model: Model, steps: Sequence[TracedStep], **options: Any) -> 
     """
     found = await _first_difference(model, steps, options)
     if found is not None:
-        assert found is None, (found, "once more", await _first_difference(model, steps, options))
+        raise AssertionError(f"{found}; once more: {await _first_difference(model, steps, options)}")
 
 
 async def _first_difference(model: Model, steps: Sequence[TracedStep], options: dict[str, Any]) -> str | None:
