@@ -117,11 +117,17 @@ async def test_every_step_gives_the_tokens_of_its_eager_run(model: Model, at_onc
         steps = trace(served.engine)
         await served.complete_all(wanted, at_once=at_once)
         await served.settle()
+        num_before = len(steps)
         await served.complete_all([replace(one, request_id=f"{one.request_id}-2") for one in wanted], at_once=at_once)
-    num_graph_steps = sum(step.graph is not None for step in steps)
-    print(f"{model.dtype} {at_once} at once: {len(steps)} steps, {num_graph_steps} of them graphs")
-    assert num_graph_steps > len(steps) // 2
     await retrace(model, steps)
+    # How many of the first ones are graphs is a matter of time: beside steps captures take turns with them.
+    is_graph = [step.graph is not None for step in steps]
+    num_after = len(steps) - num_before
+    print(
+        f"{model.dtype} {at_once} at once: graphs ran {sum(is_graph[:num_before])} of {num_before} steps while they were"
+    )
+    print(f"captured, {sum(is_graph[num_before:])} of {num_after} after that")
+    assert sum(is_graph[num_before:]) > num_after // 2
 
 
 @pytest.mark.parametrize("at_once", [1, 8, 64])

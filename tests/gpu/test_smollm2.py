@@ -134,11 +134,17 @@ async def test_every_step_gives_the_tokens_of_its_eager_run(loaded: LoadedModel,
         steps = trace(served.engine)
         await served.complete_all(wanted, at_once=at_once)
         await served.settle()
+        num_before = len(steps)
         await served.complete_all([replace(one, request_id=f"{one.request_id}-2") for one in wanted], at_once=at_once)
-    num_graph_steps = sum(step.graph is not None for step in steps)
-    print(f"{loaded.model.dtype} {at_once} at once: {len(steps)} steps, {num_graph_steps} of them graphs")
-    assert num_graph_steps > len(steps) // 2
     await retrace(loaded.model, steps)
+    # How many of the first ones are graphs is a matter of time: beside steps captures take turns with them.
+    is_graph = [step.graph is not None for step in steps]
+    num_after = len(steps) - num_before
+    print(
+        f"{loaded.model.dtype} {at_once} at once: graphs ran {sum(is_graph[:num_before])} of {num_before} steps while they were"
+    )
+    print(f"captured, {sum(is_graph[num_before:])} of {num_after} after that")
+    assert sum(is_graph[num_before:]) > num_after // 2
 
 
 async def test_graphs_that_come_and_go_say_the_same(loaded: LoadedModel) -> None:
