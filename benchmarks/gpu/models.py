@@ -38,6 +38,12 @@ class Shape:
 
         return LlamaConfig(**self.sizes, pad_token_id=None)
 
+    def with_positions(self, num_positions: int | None) -> Shape:
+        """The same for contexts of so many tokens, whatever the model was trained for; None: as it is."""
+        if num_positions is None:
+            return self
+        return Shape({**self.sizes, "max_position_embeddings": num_positions}, self.weight_std)
+
 
 SHAPES: dict[str, Shape] = {
     # Large enough for the longest prompt of the tables, small enough for two slow cores.
@@ -76,6 +82,19 @@ SHAPES: dict[str, Shape] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 32,
             "max_position_embeddings": 4096,
+        },
+        weight_std=0.02,
+    ),
+    "llama3-8b": Shape(  # grouped-query attention: four query heads to a KV head
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "rope_theta": 500000.0,
         },
         weight_std=0.02,
     ),
@@ -126,10 +145,12 @@ class Loaded:
     load_seconds: float
 
 
-def make_loaded(config_name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Our decoder in this shape, on this device."""
+def make_loaded(
+    config_name: str, *, device: torch.device, dtype: torch.dtype, num_positions: int | None = None
+) -> Loaded:
+    """Our decoder in this shape, on this device. num_positions: contexts it is made for; None: its model's own."""
     begin_seconds = time.perf_counter()
-    shape = SHAPES[config_name]
+    shape = SHAPES[config_name].with_positions(num_positions)
     config = shape.config()
     weights = RandomWeights(shape, dtype=dtype, device=device)
     model = Decoder.from_config(config, weights, dtype=dtype, device=device, max_context=None)

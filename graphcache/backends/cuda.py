@@ -55,7 +55,11 @@ class CudaStats:
 
 
 class CudaCaptured:
-    """One graph, launchable. `size_bytes`: its executable's share, and what the pool grew by while it was recorded."""
+    """One graph, launchable. `size_bytes`: its executable's share, and what the pool grew by while it was recorded.
+
+    `num_nodes`, `num_edges` and `num_programmatic_edges` (whose second kernel may start before the first one ends) are the
+    recorded graph's.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,8 @@ class CudaCaptured:
         self.instantiate_seconds = instantiate_seconds  # or update; and upload
         self.is_update = is_update
         self.num_nodes = executable.shape.num_nodes
+        self.num_edges = len(executable.shape.edge_types)
+        self.num_programmatic_edges = executable.shape.num_programmatic_edges
         self._backend = backend
         self._executable: Executable | None = executable
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from cuda.bindings import runtime as cudart  # type: ignore[import-untyped]  # it ships no types
 
 OUT_OF_MEMORY = int(cudart.cudaError_t.cudaErrorMemoryAllocation)
+PROGRAMMATIC = int(cudart.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic)
+"""The type of an edge after which the second kernel may start before the first one ends."""
 MAX_STREAM_OBJECTS = 256  # kept for handles seen at launch; they are wrapped integers, and a program has a few streams
 
 _idle_streams: defaultdict[int, list[int]] = defaultdict(list)

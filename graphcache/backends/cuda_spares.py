@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphcache.backends.cuda_runtime import Runtime
+from graphcache.backends.cuda_runtime import PROGRAMMATIC, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,11 @@ class Shape:
     def of(cls, graph: int, runtime: Runtime) -> Shape:
         """Raises CudaCallError."""
         return cls(runtime.num_nodes(graph), runtime.edge_types(graph))
+
+    @property
+    def num_programmatic_edges(self) -> int:
+        """After which the second kernel may start before the first one ends (programmatic dependent launch)."""
+        return self.edge_types.count(PROGRAMMATIC)
 
 
 @dataclass(frozen=True, slots=True)

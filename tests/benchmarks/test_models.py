@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.files import load_folder, write_folder
-from benchmarks.gpu.models import SHAPES, Loaded, RandomWeights, make_transformers, random_prompt
+from benchmarks.gpu.models import SHAPES, Loaded, RandomWeights, make_loaded, make_transformers, random_prompt
 from benchmarks.gpu.service import make_settings, serving
 
 CPU = torch.device("cpu")
@@ -54,8 +54,16 @@ def test_shapes_are_those_of_their_models(name: str) -> None:
     sizes = {weight: size.numel() for weight, size in weights.sizes.items()}
     if SHAPES[name].config().tie_word_embeddings:
         sizes.pop("lm_head.weight", None)
-    expected = {"smollm2": 134_515_008, "llama2-7b": 6_738_415_616}
+    expected = {"smollm2": 134_515_008, "llama2-7b": 6_738_415_616, "llama3-8b": 8_030_261_248}
     assert sum(sizes.values()) == expected.get(name, sum(sizes.values())) > 0
+
+
+def test_positions_can_be_more_than_the_models_own(tiny: Loaded) -> None:
+    """The context grows, and no weight changes."""
+    longer = make_loaded("tiny", device=CPU, dtype=torch.float32, num_positions=3000)
+    assert (tiny.model.context_length, longer.model.context_length) == (2048, 3000)
+    assert longer.model.num_parameters == tiny.model.num_parameters
+    assert longer.model.weights_bytes == tiny.model.weights_bytes
 
 
 async def test_files_hold_what_would_be_made(tiny: Loaded, tmp_path: Path) -> None:

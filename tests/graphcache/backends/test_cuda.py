@@ -140,6 +140,17 @@ def test_a_spare_of_the_same_topology_is_updated(rig: Rig) -> None:
     assert len(rig.runtime.executables) == 2
 
 
+def test_a_capture_counts_its_edges_by_type(rig: Rig) -> None:
+    """Nodes, edges and programmatic edges are those recorded, whether instantiated or a spare that was updated."""
+    first = rig.capture("first", "k", "early k", "k", "early k", "early k")
+    assert (first.num_nodes, first.num_edges, first.num_programmatic_edges) == (5, 4, 3)
+    first.destroy()
+    second = rig.capture("second", "k", "early k", "k", "early k", "early k")
+    assert second.is_update
+    assert (second.num_edges, second.num_programmatic_edges) == (4, 3)
+    assert rig.capture("lone", "k").num_edges == 0
+
+
 def test_a_spare_with_edges_of_another_type_is_not_tried(rig: Rig) -> None:
     """A driver may take a chain that waits for one that does not: whether kernels start early must be the graph's own."""
     rig.capture("a", "x", "early x").destroy()
