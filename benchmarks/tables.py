@@ -21,6 +21,8 @@ GPU_TABLES = {
     "storm": ("benchmarks.gpu.storm", "summary"),
     "interference": ("benchmarks.gpu.interference", "tables"),
     "graphs": ("benchmarks.gpu.graphs", "tables"),
+    "floor": ("benchmarks.gpu.floor", "tables"),
+    "contexts": ("benchmarks.gpu.contexts", "tables"),
     "breakdown": ("benchmarks.gpu.breakdown", "tables"),
     "path": ("benchmarks.gpu.path", "tables"),
 }
@@ -67,7 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not names:
         result = json.loads((RESULTS / "cpu-comparison.json").read_text())
         sys.stdout.write(comparison_table(result) + "\n")
-        names = [str(path) for name in GPU_TABLES if (path := RESULTS / "gpu" / f"{name}.json").is_file()]
+        folder = RESULTS / "gpu"
+        names = [
+            str(path)
+            for name in GPU_TABLES
+            for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json")))
+            if path.is_file()
+        ]
     for path in map(Path, names):
         try:
             text = tables(json.loads(path.read_text(encoding="utf-8")))

@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.gpu import goals
 from benchmarks.gpu.daemon_child import daemon_process
+from benchmarks.gpu.floor import latency_tables, measure_rates
 from benchmarks.gpu.models import Loaded, make_loaded, random_prompt
 from benchmarks.gpu.oracle import Oracle
 from benchmarks.gpu.report import (
@@ -268,6 +269,8 @@ def tables(result: dict[str, Any]) -> str:
         cells = [f"{milliseconds(part['tpot'])} ({milliseconds(part['gaps'], 'p99')})" for part in parts]
         cells += [_figure(goals.VLLM_TPOT.get(batch)), *_target(goals.TPOT.get(batch))] if is_7b else []
         lines.append(_row([str(batch), *cells]))
+    if "rates" in results:
+        lines += ["", latency_tables(result, results["rates"])]
     lines += ["", machine_line(result["environment"])]
     if is_7b:
         lines += ["", f"Figures of vLLM, goals and gates: {goals.SOURCE}."]
@@ -305,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the JSON to write")
     arguments = parser.parse_args(argv)
     report = Report("latency", arguments)
+    report.results["rates"] = measure_rates(device_of(arguments), dtype_of(arguments))
     if not arguments.only_grpc:
         loaded = make_loaded(arguments.config, device=device_of(arguments), dtype=dtype_of(arguments))
         report.results["model_seconds"] = loaded.load_seconds
