@@ -15,7 +15,6 @@ import torch
 
 from benchmarks import tables
 from benchmarks.gpu import breakdown, first_token, graphs, interference, latency, path, storm
-from benchmarks.gpu.breakdown import Span
 from benchmarks.gpu.oracle import Oracle
 from benchmarks.gpu.report import Report, machine_line
 from benchmarks.gpu.storm import FailureInjector
@@ -146,25 +145,17 @@ def test_path(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "| launch |" in tables.tables(result)
 
 
-def test_spans_of_a_step_add_up() -> None:
-    """Time is counted by kernel, overlaps once in all, and gaps only where they are of the step."""
-    spans = [Span("a", 0.0, 10.0), Span("b", 8.0, 12.0), Span("a", 15.0, 20.0), Span("c", 5000.0, 5002.0)]
-    table = breakdown.table_of(spans, 2)
-    assert {kernel["name"]: (kernel["us"], kernel["calls"]) for kernel in table["kernels"]} == {
-        "a": (7.5, 1.0),
-        "b": (2.0, 0.5),
-        "c": (1.0, 0.5),
-    }
-    assert (table["busy_us"], table["gaps_us"]) == (19.0 / 2, 3.0 / 2)
-
-
-def test_names_of_kernels_tell_them_apart() -> None:
-    """Namespaces and parameters go; the functor of a template stays."""
-    name = (
-        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<int>, std::array<char*, 1ul> >(int)"
-    )
-    assert breakdown.short_name(name) == "vectorized_elementwise_kernel FillFunctor"
-    assert breakdown.short_name("_rms_norm_kernel") == "_rms_norm_kernel"
+def test_breakdown(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is timed and has its work and floor; without a device there is nothing to trace, and the tables say so."""
+    arguments = [*small, "--batches", "1,3", "--lengths", "10,40", "--batch-prompt", "12", "--tokens", "60"]
+    arguments += ["--samples", "2", "--gap-ms", "0", "--window-seconds", "0.02"]
+    result = run(breakdown.main, arguments, tmp_path / "breakdown.json", monkeypatch)
+    steps = result["results"]["steps"]
+    assert list(steps) == ["decode, batch 1", "decode, batch 3", "prompt of 10", "prompt of 40"]
+    assert all(step["device"]["summary"]["p50"] > step["floor_seconds"] > 0 for step in steps.values())
+    assert steps["prompt of 10"]["rows"] == [[0, 16]]  # what the graph computes
+    assert all(12 < context < 72 for context, new in steps["decode, batch 3"]["rows"] if context and new == 1)
+    assert "No kernels were traced." in tables.tables(result)
 
 
 def test_graphs(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
