@@ -50,7 +50,7 @@ def made_up_steps(layer: Layer, num_layers: int, num_steps: int, mean_us: float 
     steps = []
     reached = 1e6
     for _ in range(num_steps):
-        step = []
+        step: list[Span] = []
         for name, role in step_names(layer, num_layers):
             factor = {"gate_up": 2.0, "head": 3.0, "attention": 0.3, "output": 0.5}.get(
                 role, 1.0 if role in ("qkv", "down") else 0.1

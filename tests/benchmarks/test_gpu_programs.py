@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import tables
-from benchmarks.gpu import breakdown, first_token, graphs, interference, latency, path, storm
+from benchmarks.gpu import breakdown, contexts, first_token, graphs, interference, latency, path, storm
 from benchmarks.gpu.oracle import Oracle
 from benchmarks.gpu.report import Report, machine_line
 from benchmarks.gpu.storm import FailureInjector
@@ -156,6 +156,34 @@ def test_breakdown(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.Mon
     assert steps["prompt of 10"]["rows"] == [[0, 16]]  # what the graph computes
     assert all(12 < context < 72 for context, new in steps["decode, batch 3"]["rows"] if context and new == 1)
     assert "No kernels were traced." in tables.tables(result)
+
+
+def test_contexts(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every context and length is timed on the host and around its replays, at about the context that was asked for."""
+    arguments = [*small, "--contexts", "40,2100", "--batches", "1,2", "--tokens", "12", "--lengths", "10,64"]
+    arguments += ["--samples", "3", "--gap-ms", "0", "--max-step-tokens", "700"]
+    result = run(contexts.main, arguments, tmp_path / "contexts.json", monkeypatch)
+    found = result["results"]
+    assert found["num_positions"] > 2100  # more than the shape's own
+    assert [(cell["batch"], cell["context"]) for cell in found["tpot"]] == [(1, 40), (1, 2100), (2, 40), (2, 2100)]
+    for cell in found["tpot"]:
+        assert abs(cell["middle_context"] - cell["context"]) <= 12
+        assert cell["tpot"]["summary"]["p50"] > cell["floor_seconds"] > 0
+        assert len(cell["device"]["samples_seconds"]) >= 6
+    assert [len(cell["device"]["samples_seconds"]) for cell in found["prompts"]] == [3, 3]
+    for cell in found["prompts"]:
+        assert cell["device"]["summary"]["minimum"] < cell["host"]["summary"]["minimum"]
+    text = tables.tables(result)
+    assert "| 64 | `t64-r1-greedy` |" in text
+    assert "whatever the model's own limit" in text
+
+
+def test_contexts_without_room_are_left_out() -> None:
+    """Of pairs of context and batch those whose KV cache fits are measured, and the others named."""
+    arguments = argparse.Namespace(contexts=(100, 1000), batches=(1, 8), tokens=20, max_step_tokens=64)
+    fitting, left_out = contexts.pairs_that_fit(arguments, 10, 8 * contexts.room(100, 8, arguments) * 10)
+    assert fitting == [(100, 1), (1000, 1), (100, 8)]
+    assert left_out == [(1000, 8)]
 
 
 def test_graphs(small: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
