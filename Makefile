@@ -15,7 +15,7 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench bench-gpu clean
+.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ bench-gpu: $(GPU_NEEDS) ## on an NVIDIA GPU: latency, what captures cost, ten mi
 	$(GPU_PYTHON) -m benchmarks.gpu.graphs --from-files --out $(GPU_RESULTS)/graphs.json
 	$(GPU_PYTHON) -m benchmarks.gpu.interference --out $(GPU_RESULTS)/interference.json
 	$(GPU_PYTHON) -m benchmarks.gpu.storm --out $(GPU_RESULTS)/storm.json
+
+bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and prompts of three models; raw results to GPU_RESULTS
+	for config in llama2-7b llama3-8b smollm2; do for name in floor breakdown contexts; do \
+		$(GPU_PYTHON) -m benchmarks.gpu.$$name --config $$config --out $(GPU_RESULTS)/$$name-$$config.json || exit 1; done; done
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -142,11 +142,10 @@ async def measure(
 ) -> None:
     """All shapes; results and checks go into the report. measured: rates."""
     is_traced = loaded.model.device.type == "cuda"
-    context = arguments.batch_prompt + arguments.tokens
     settings = make_settings(
         loaded,
         num_slots=max(8, *arguments.batches),
-        kv_tokens=max(max(arguments.batches) * context, 2 * max(arguments.lengths)),
+        kv_tokens=max(arguments.kv_tokens, 2 * max(arguments.lengths)),
         max_step_tokens=max(512, *arguments.lengths),
     )
     source = random.Random(arguments.seed)
@@ -215,13 +214,14 @@ async def _streams(
     service: Service, arguments: argparse.Namespace, batch: int, source: random.Random, *, is_traced: bool
 ) -> tuple[list[Span], int]:
     """So many streams, traced for a while from when all of them decode, then left; context at the middle of that."""
-    vocabulary_size = service.engine.info.vocabulary_size
+    info = service.engine.info
+    max_tokens = min(arguments.kv_tokens // batch, info.context_length) - arguments.batch_prompt  # they are left before
     all_decode = asyncio.Event()
     is_over = False
     counts = [0] * batch
 
     async def stream(index: int) -> None:
-        request = service.request(random_prompt(arguments.batch_prompt, vocabulary_size, source), arguments.tokens)
+        request = service.request(random_prompt(arguments.batch_prompt, info.vocabulary_size, source), max_tokens)
         async with service.scheduler.submit(request) as events:
             async for event in events:
                 if hasattr(event, "token_ids"):
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", type=numbers, default=(1, 2, 8, 64))
     parser.add_argument("--lengths", type=numbers, default=(32, 64, 128, 512))
     parser.add_argument("--batch-prompt", type=int, default=192, help="prompt tokens of the steady streams")
-    parser.add_argument("--tokens", type=int, default=768, help="tokens that each stream may take")
+    parser.add_argument("--kv-tokens", type=int, default=65536, help="that all streams together may take")
     parser.add_argument("--window-seconds", type=float, default=0.15, help="of decoding that is traced")
     parser.add_argument("--samples", type=int, default=10, help="prompts of each length")
     parser.add_argument("--gap-ms", type=float, default=30.0, help="between lone requests")

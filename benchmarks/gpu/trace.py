@@ -140,17 +140,17 @@ def roles_of(names: Sequence[str], num_layers: int) -> list[tuple[str, int | Non
     if kinds.count(PRODUCT) != len(PRODUCT_ROLES) * num_layers + 1:
         return None
     found: list[tuple[str, int | None]] = []
-    role = OTHER
+    product_role = OTHER
     num_products = 0
     for kind in kinds:
         layer, place = divmod(num_products, len(PRODUCT_ROLES))
         if kind == "attention" and place != 1:
             return None
         if kind == PRODUCT:
-            role = PRODUCT_ROLES[place] if layer < num_layers else "head"
+            role = product_role = PRODUCT_ROLES[place] if layer < num_layers else "head"
             num_products += 1
         elif kind == PART:
-            # Of the product before it. It is of no layer's next product yet, though that is what the count says.
+            role = product_role  # of the product before it, whose layer the count may have left
             layer = (num_products - 1) // len(PRODUCT_ROLES)
         else:
             role = kind

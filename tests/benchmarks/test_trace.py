@@ -51,6 +51,17 @@ def test_roles_come_from_the_order_of_kernels(layer: list[tuple[str, str]]) -> N
     assert [index for role, index in roles if role == "attention"] == [0, 1, 2]
 
 
+def test_a_part_belongs_to_the_product_before_it() -> None:
+    """Even when another kernel ran between the two, and when the count says that the next layer has begun."""
+    names = [name for name, _ in step_names(PROMPT_LAYER, 2)]
+    last_part = max(index for index, name in enumerate(names) if "splitK" in name)
+    names.insert(last_part, "_rms_norm_kernel")
+    roles = trace.roles_of(["Memset (Device)", *names], 2)
+    assert roles is not None
+    assert roles[0] == ("other", None)
+    assert roles[last_part + 2] == ("down", 1)
+
+
 def test_an_order_that_is_not_known_tells_no_roles() -> None:
     """A product too many or too few, or attention at another place, and products stand together; nothing is guessed."""
     names = [name for name, _ in step_names(ONE_TOKEN_LAYER, 2)]
