@@ -119,7 +119,7 @@ def has_go() -> bool:
 
 def build_go(program: Path) -> None:
     """Builds the caller in Go, statically linked, so that it runs on any Linux of this processor. Raises RuntimeError."""
-    command = ["go", "build", "-trimpath", "-ldflags=-s -w", "-o", str(program), "."]
+    command = ["go", "build", "-trimpath", "-ldflags=-s -w", "-o", str(program.resolve()), "."]
     environment = {**os.environ, "CGO_ENABLED": "0"}
     done = subprocess.run(command, cwd=GO_FOLDER, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
