@@ -1,8 +1,8 @@
 """The cache as its users see it. What it knows is in `core` and `store`; what its thread does is in `task`.
 
 For the serving side, and without a lock, are `lookup`, `acquire`, `record_hit`, `record_miss`, `step_launching`,
-`step_launched` and `step_finished`. The others are for everyone else, from any thread, and take the cache's lock for a short
-while.
+`step_missing`, `step_launched` and `step_finished`. The others are for everyone else, from any thread, and take the cache's
+lock for a short while.
 """
 
 from __future__ import annotations
@@ -120,6 +120,10 @@ class GraphCache(Generic[K]):
         """
         self._pulse.launching()
         self.backend.before_step()
+
+    def step_missing(self) -> None:
+        """The step that is being launched has no graph, and would have one: the capture thread may work beside its launches."""
+        self._pulse.missing()
 
     def step_launched(self) -> None:
         """All of the step is put on the device."""

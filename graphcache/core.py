@@ -80,6 +80,8 @@ class CacheCore(Generic[K]):
             entry.usage.record_miss(seconds, at)
             entry.demand.update(entry.usage.num_uses, at, self.settings.demand_half_life_seconds)
             self.request(entry, Priority.MISS)
+            if seconds is not None and entry.state in (GraphState.QUEUED, GraphState.CAPTURING):
+                self.governor.credit_miss(seconds)
 
     def request(self, entry: Entry[K], priority: Priority) -> bool:
         """Queues a capture unless there is a reason not to; one that is queued is raised. Returns whether it was new."""

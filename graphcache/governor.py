@@ -7,6 +7,7 @@ import threading
 
 from graphcache.clock import Clock
 
+MISS_SHARE = 0.5  # of what a step took that missed its graph: captures may take as much, and such steps end the sooner
 BURST_SECONDS = 2.0  # of serving whose unused allowance is kept
 TOLERANCE_SECONDS = 1e-9
 
@@ -15,7 +16,8 @@ class Governor:
     """A token bucket of interference: it fills by the stall budget for every second, and a capture takes what it took.
 
     A capture may start while there is anything in the bucket, so a long one runs and is paid off before the next. While
-    nothing is served captures are free. A budget of 0 captures only then. Called under the cache's lock, except for
+    nothing is served captures are free, and steps that miss their graphs pay for captures, too. A budget of 0 captures only
+    while nothing is served. Called under the cache's lock, except for
     `wait_while_paused`.
     """
 
@@ -88,6 +90,12 @@ class Governor:
         if is_serving:
             self._fill()
             self._tokens_seconds -= seconds
+
+    def credit_miss(self, seconds: float) -> None:
+        """A step of `seconds` missed a graph that is to be captured."""
+        if self._rate > 0:
+            self._fill()
+            self._tokens_seconds = min(self._capacity_seconds, self._tokens_seconds + MISS_SHARE * seconds)
 
     def estimate_seconds(self, work_seconds: float, *, is_serving: bool) -> float:
         """How long `work_seconds` of captures take from now, as things stand; may be infinite."""

@@ -90,6 +90,26 @@ def test_a_step_served_by_a_larger_graph_wishes_for_its_own(cache: GraphCache[st
     assert (info.state, info.num_misses, info.eager_seconds) == (GraphState.READY, 1, None)
 
 
+def test_misses_of_what_is_to_be_captured_pay_for_it(
+    make_cache: MakeCache, backend: FakeBackend, clock: FakeClock
+) -> None:
+    """While somebody is served a debt of captures is paid by misses whose graph is queued; one that failed pays nothing."""
+    cache = make_cache(stall_budget_seconds=0.001)
+    backend.failures["bad"] = "broken"
+    cache.request("bad")
+    assert cache.run_pending() == 1
+    cache.step_launching()
+    cache.step_launched()
+    for index in range(3):  # ten milliseconds each, on the fake clock
+        cache.request(f"k{index}")
+    assert cache.run_pending() == 1
+    clock.advance(0.01)
+    cache.record_miss("bad", 1.0)
+    assert cache.run_pending() == 0
+    cache.record_miss("k2", 0.1)
+    assert cache.run_pending() == 1
+
+
 def test_misses_that_pour_in_are_bounded(cache: GraphCache[str]) -> None:
     """Misses that nobody takes in are kept up to a bound, so that a stuck capture thread leaks nothing."""
     for index in range(10_000):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphcache import FakeClock
-from graphcache.governor import BURST_SECONDS, Governor
+from graphcache.governor import BURST_SECONDS, MISS_SHARE, Governor
 
 
 def test_a_debt_is_paid_off_before_the_next_capture() -> None:
@@ -156,3 +156,23 @@ def test_a_released_governor_holds_nobody() -> None:
     governor.pause()
     assert not governor.is_paused
     governor.wait_while_paused()
+
+
+def test_misses_pay_for_captures() -> None:
+    """What a miss took shortens a debt by its share, and fills the bucket to its brim and no further."""
+    governor = Governor(FakeClock(), 0.1)
+    governor.charge(0.1 * BURST_SECONDS + 0.05, is_serving=True)
+    governor.credit_miss(0.04 / MISS_SHARE)
+    assert governor.delay_seconds(is_serving=True) == pytest.approx(0.1)
+    governor.credit_miss(100.0)
+    governor.charge(0.1 * BURST_SECONDS, is_serving=True)
+    assert governor.delay_seconds(is_serving=True) == 0.0
+    governor.charge(0.01, is_serving=True)
+    assert governor.delay_seconds(is_serving=True) == pytest.approx(0.1)
+
+
+def test_without_a_budget_misses_pay_for_nothing() -> None:
+    """A budget of zero captures while nothing is served, however many misses there are."""
+    governor = Governor(FakeClock(), 0.0)
+    governor.credit_miss(100.0)
+    assert governor.delay_seconds(is_serving=True) == math.inf

@@ -17,6 +17,8 @@ from graphcache.pulse import (
     IDLE_SECONDS,
     IDLE_TURN_SECONDS,
     MAX_HANDOUT_SECONDS,
+    MISS_HOST_SHARE,
+    MISS_TURN_SHARE,
     TURN_SHARE,
     UNTOLD_HOST_SECONDS,
     Pulse,
@@ -260,3 +262,40 @@ def test_where_only_records_tell_quiet_is_short() -> None:
     assert pulse.quiet_seconds() == pytest.approx(UNTOLD_HOST_SECONDS)
     clock.advance(UNTOLD_HOST_SECONDS * 2)
     assert pulse.quiet_seconds() < 0
+
+
+def test_a_wait_ends_when_a_step_begins_that_misses() -> None:
+    """The capture thread need not wait until such a step is launched, which takes as long as the step."""
+    pulse = Pulse(SystemClock())
+    launch(pulse)
+    waits = threading.Thread(target=pulse.take_turn)
+    waits.start()
+    pulse.launching()
+    waits.join(0.02)
+    assert waits.is_alive()
+    pulse.missing()
+    waits.join(IDLE_SECONDS / 2)
+    assert not waits.is_alive()
+
+
+def test_a_step_that_misses_is_shared() -> None:
+    """From its begin the host is, for a part of it, and more of the device than of others; the next step is one of those."""
+    clock = FakeClock()
+    pulse = Pulse(clock)
+    launch(pulse)
+    clock.advance(1.0)
+    pulse.finished()
+    clock.advance(0.001)
+    pulse.launching()
+    assert pulse.quiet_seconds() == 0.0
+    pulse.missing()
+    clock.advance(0.1)
+    assert pulse.quiet_seconds() == pytest.approx(MISS_HOST_SHARE - 0.1)
+    assert pulse.turn_seconds() == pytest.approx(MISS_TURN_SHARE)
+    clock.advance(MISS_HOST_SHARE)
+    assert pulse.quiet_seconds() < 0
+    pulse.launched()
+    assert pulse.quiet_seconds() == pytest.approx(1 - AHEAD_SHARE)
+    assert pulse.turn_seconds() == pytest.approx(MISS_TURN_SHARE)
+    launch(pulse)
+    assert pulse.turn_seconds() == pytest.approx(TURN_SHARE)

@@ -48,6 +48,7 @@ class GraphChooser:
             larger = map(self._cache.acquire, self._buckets.larger(key))
             graph = next((found for found in larger if found is not None), None)
         if graph is None:
+            self._cache.step_missing()
             return Choice(key, None, num_tokens, num_rows, None)
         age_seconds = max(0.0, self._clock.monotonic() - graph.publish_monotonic)
         if self._is_padded:

@@ -111,6 +111,19 @@ def test_larger_graph_serves_and_the_right_one_is_asked_for(is_padded: bool) -> 
     assert bench.chooser.choose(decode(3)).graph is None
 
 
+def test_only_a_step_that_misses_is_shared_with_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is told of a step without its graph before that is launched; not of a hit, nor of one that must run eagerly."""
+    bench = Bench()
+    told: list[str] = []
+    monkeypatch.setattr(bench.cache, "step_missing", lambda: told.append("missing"))
+    bench.capture(StepKey(5, 5, Sampler.GREEDY))
+    for batch in (decode(5), decode(6, is_eager=True)):
+        bench.chooser.finish(batch, bench.chooser.choose(batch), 0.1)
+    assert not told
+    bench.chooser.choose(decode(6))
+    assert told == ["missing"]
+
+
 def test_eager_only_does_not_touch_the_cache() -> None:
     """A batch that must run eagerly does, though its graph is ready; neither hit nor miss is counted, nothing requested."""
     bench = Bench()
