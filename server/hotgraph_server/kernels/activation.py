@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -46,13 +47,16 @@ def gated_activation_triton(gate_up: torch.Tensor, activation: str, out: torch.T
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, size) if out is None else out
     block = min(next_power_of_two(size), _MAX_BLOCK)
-    _gated_activation_kernel[(num_tokens, -(-size // block))](
-        gate_up,
-        out,
-        size=size,
-        activation="silu" if activation == "swish" else activation,
-        block=block,
-        num_warps=max(block // 512, 1),
+    launch(
+        _gated_activation_kernel,
+        (num_tokens, -(-size // block)),
+        {"gate_up": gate_up, "out": out},
+        {
+            "size": size,
+            "activation": "silu" if activation == "swish" else activation,
+            "block": block,
+            "num_warps": max(block // 512, 1),
+        },
     )
     return out
 

@@ -7,12 +7,13 @@ or compiled for a number of tokens or rows; nothing is allocated but the scratch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]  # it comes without types
 
-from hotgraph_server.kernels.again import launch, launched_again, places
+from hotgraph_server.kernels.again import launch_as, launched_again
 from hotgraph_server.kernels.attention_decode import decode_kernel
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 
@@ -118,13 +119,6 @@ class DeviceRows:
         self.block_size = block_size
         self._scratch: dict[tuple[int, int, int], Scratch] = {}
 
-    def splits(self, num_programs: int, cut: Cut, window: int | None) -> Splits:
-        """See `split_rows`. A row is no longer than its table, whatever the step."""
-        max_context = self.block_tables.shape[1] * self.block_size
-        return split_rows(
-            self.num_rows, num_programs, cut, max_context=max_context if window is None else min(max_context, window)
-        )
-
     def scratch(self, num_heads: int, num_splits: int, value_dim: int) -> Scratch:
         """One for all layers of this shape, as they run one after the other."""
         key = (num_heads, num_splits, value_dim)
@@ -179,22 +173,13 @@ def triton_attention(
     pdl: bool = False,
 ) -> None:
     """Writes all of `out`, contiguous [T, query heads, value_dim]; the rest is as in `attention.paged_attention`."""
-    # A lone prompt's is one kernel without scratch, launched with the same places each time.
-    is_kept = rows.num_rows == 1 < rows.num_tokens and query.is_contiguous()
-    key: tuple[object, ...] = ()
-    if is_kept:
-        sizes = (query.shape, keys.shape, values.shape, rows.block_tables.shape, rows.block_size)
-        where = places(query, keys, values, out, sinks, rows.block_tables, rows.context_lens, rows.query_starts)
-        key = ("attention", scaling, window, softcap, pdl, *sizes, *where)
-        if launched_again(key):
-            return
-    for found in launches(
-        query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, sinks=sinks, pdl=pdl
-    ):
-        if is_kept:
-            launch(key, found.kernel, found.grid, found.arguments)
-        else:
-            found.kernel[found.grid](**found.arguments)
+    if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
+        # One copy here, so that kernels know of one stride, which does not depend on the number of tokens.
+        query = query.contiguous()
+    for plan in _plans_of(query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, pdl=pdl):
+        tensors = _tensors(plan, query, keys, values, rows, out, sinks)
+        if not launched_again(plan, tensors):
+            launch_as(plan, plan.kernel, plan.grid, tensors, _arguments(plan, tensors))
 
 
 def launches(
@@ -210,35 +195,94 @@ def launches(
     sinks: torch.Tensor | None,
     pdl: bool = False,
 ) -> list[Launch]:
-    """What `triton_attention` runs, in order."""
+    """What `triton_attention` runs, in order, for a query of heads that lie side by side."""
+    plans = _plans_of(query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, pdl=pdl)
+    return [
+        Launch(plan.kernel, plan.grid, _arguments(plan, _tensors(plan, query, keys, values, rows, out, sinks)))
+        for plan in plans
+    ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """A launch without its tensors, which may be another layer's or step's.
+
+    scratch: sizes that `DeviceRows.scratch` is asked for; is_paired: elements of 16 bits are loaded two at a time.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    numbers: dict[str, Any]
+    scratch: tuple[int, int, int] | None = None
+    is_paired: bool = False
+
+
+def _plans_of(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: DeviceRows,
+    out: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    pdl: bool,
+) -> tuple[_Plan, ...]:
     assert keys.is_contiguous(), "the cache is contiguous"
     assert values.is_contiguous(), "the cache is contiguous"
     assert out.is_contiguous(), "the result is contiguous"
     num_tokens, num_heads, key_dim = query.shape
     assert num_tokens == rows.num_tokens, "the query has the step's tokens"
-    if query.stride(2) != 1 or query.stride(1) != key_dim:
-        # One copy here, so that kernels know of one stride, which does not depend on the number of tokens.
-        query = query.contiguous()
-    num_kv_heads, value_dim = values.shape[2], values.shape[3]
+    return _plans(
+        num_tokens,
+        rows.num_rows,
+        num_heads,
+        values.shape[2],
+        key_dim,
+        values.shape[3],
+        keys.dtype,
+        rows.block_size,
+        rows.block_tables.shape[1],
+        rows.block_tables.stride(0),
+        query.stride(0),
+        float(scaling),
+        window,
+        None if softcap is None else float(softcap),
+        pdl,
+    )
+
+
+@lru_cache(maxsize=4096)  # asked for each layer of each step; eager steps may have any number of tokens
+def _plans(
+    num_tokens: int,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    block_size: int,
+    table_width: int,
+    table_stride: int,
+    query_stride: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    pdl: bool,
+) -> tuple[_Plan, ...]:
+    """One or two, in order: for rows of one token, and for all others."""
     group = num_heads // num_kv_heads
     num_head_blocks = -(-group // _MAX_HEADS)
     heads = -(-group // num_head_blocks)
     padded_key_dim = max(16, triton.next_power_of_2(key_dim))
     padded_value_dim = max(16, triton.next_power_of_2(value_dim))
-    row_bytes = max(padded_key_dim, padded_value_dim) * keys.element_size()
+    row_bytes = max(padded_key_dim, padded_value_dim) * dtype.itemsize
     common = {
-        "out": out,
-        "query": query,
-        "keys": keys,
-        "values": values,
-        "sinks": sinks,
-        "block_tables": rows.block_tables,
-        "context_lens": rows.context_lens,
-        "query_starts": rows.query_starts,
-        "table_stride": rows.block_tables.stride(0),
-        "query_stride": query.stride(0),
-        "scaling": float(scaling),
-        "softcap": None if softcap is None else float(softcap),
+        "table_stride": table_stride,
+        "query_stride": query_stride,
+        "scaling": scaling,
+        "softcap": softcap,
         "window": _NO_WINDOW if window is None else window,
         "num_kv_heads": num_kv_heads,
         "group": group,
@@ -248,42 +292,67 @@ def launches(
         "value_dim": value_dim,
         "padded_key_dim": padded_key_dim,
         "padded_value_dim": padded_value_dim,
-        "block_size": rows.block_size,
+        "block_size": block_size,
+        "num_rows": num_rows,
     }
     num_programs = num_kv_heads * num_head_blocks
-    is_decode = num_tokens == rows.num_rows
+    is_decode = num_tokens == num_rows
     # A lone row is not worth a second launch: should it be one token in a longer step, the tiles take it.
-    is_mixed = not is_decode and rows.num_rows > 1
-    result = []
+    is_mixed = not is_decode and num_rows > 1
+    common["is_mixed"] = int(is_mixed)
+    plans = []
     if is_decode or is_mixed:
-        cut = _cut(heads, row_bytes, keys.dtype, rows.num_rows * num_programs)
-        splits = rows.splits(num_programs, cut, window)
-        scratch = rows.scratch(num_heads, splits.max_splits, value_dim)
+        cut = _cut(heads, row_bytes, dtype, num_rows * num_programs)
+        # A row is no longer than its table, whatever the step.
+        max_context = table_width * block_size if window is None else min(table_width * block_size, window)
+        splits = split_rows(num_rows, num_programs, cut, max_context=max_context)
         options = _decode_options(cut, heads, row_bytes, padded_value_dim)
-        arguments: dict[str, Any] = {
-            **common,
-            **options,
-            **_split_arguments(splits),
-            "is_mixed": int(is_mixed),
-            "num_rows": rows.num_rows,
-            "words": 1,
-            "PDL": pdl,
-        }
-        if options["IS_AHEAD"] and keys.element_size() == 2 and key_dim % 2 == value_dim % 2 == 0:
-            arguments |= {"words": 2, "keys": keys.view(torch.int32), "values": values.view(torch.int32)}
+        is_paired = bool(options["IS_AHEAD"]) and dtype.itemsize == 2 and key_dim % 2 == value_dim % 2 == 0
+        numbers = {**common, **options, **_split_arguments(splits), "words": 2 if is_paired else 1, "PDL": pdl}
         if pdl:  # named only where it is wanted: the interpreter does not know it
-            arguments["launch_pdl"] = True
-        for name in ("sums", "maxima", "totals", "arrivals"):
-            arguments[name] = getattr(scratch, name)
-        result.append(Launch(decode_kernel, (rows.num_rows, num_programs, splits.num_layers), arguments))
+            numbers["launch_pdl"] = True
+        grid = (num_rows, num_programs, splits.num_layers)
+        plans.append(_Plan(decode_kernel, grid, numbers, (num_heads, splits.max_splits, value_dim), is_paired))
     if not is_decode:
-        tile_options = _tile_options(heads, row_bytes, keys.dtype)
+        tile_options = _tile_options(heads, row_bytes, dtype)
         # Rows and the padding after them start a tile each, wherever the one before ended.
-        num_tiles = num_tokens // tile_options["tile_tokens"] + rows.num_rows + 1
-        arguments = {**common, **tile_options, "is_mixed": int(is_mixed), "num_tokens": num_tokens}
-        arguments["num_rows"] = rows.num_rows
-        result.append(Launch(tile_kernel, (num_tiles, num_programs), arguments))
-    return result
+        num_tiles = num_tokens // tile_options["tile_tokens"] + num_rows + 1
+        numbers = {**common, **tile_options, "num_tokens": num_tokens}
+        plans.append(_Plan(tile_kernel, (num_tiles, num_programs), numbers))
+    return tuple(plans)
+
+
+def _tensors(
+    plan: _Plan,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: DeviceRows,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> dict[str, torch.Tensor | None]:
+    tensors = {
+        "out": out,
+        "query": query,
+        "keys": keys,
+        "values": values,
+        "sinks": sinks,
+        "block_tables": rows.block_tables,
+        "context_lens": rows.context_lens,
+        "query_starts": rows.query_starts,
+    }
+    if plan.scratch is not None:
+        scratch = rows.scratch(*plan.scratch)
+        tensors["sums"], tensors["maxima"] = scratch.sums, scratch.maxima
+        tensors["totals"], tensors["arrivals"] = scratch.totals, scratch.arrivals
+    return tensors
+
+
+def _arguments(plan: _Plan, tensors: dict[str, torch.Tensor | None]) -> dict[str, Any]:
+    arguments = {**tensors, **plan.numbers}
+    if plan.is_paired:
+        arguments |= {name: arguments[name].view(torch.int32) for name in ("keys", "values")}
+    return arguments
 
 
 def _split_arguments(splits: Splits) -> dict[str, int]:

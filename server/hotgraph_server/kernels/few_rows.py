@@ -13,6 +13,7 @@ units and the norm: see `activation.py` and `norm.py`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from hotgraph_server.kernels.activation import gated_activation
-from hotgraph_server.kernels.again import launch, launched_again, places
+from hotgraph_server.kernels.again import launch, launch_as, launched_again
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.norm import rms_norm
 from hotgraph_server.kernels.rope import RopePlan
@@ -338,33 +339,46 @@ def normed_triton(
     from hotgraph_server.kernels.few_rows_kernels import norm_kernel
 
     out = torch.empty_like(x) if out is None else out
-    key = ("norm", x.shape, epsilon, pdl, *places(x, norm, out))
-    if launched_again(key):
-        return out
     assert x.is_contiguous(), "x is contiguous"
     num_rows, num_inputs = x.shape
     block = next_power_of_two(num_inputs)
-    arguments = {"out": out, "x": x, "norm": norm, "epsilon": epsilon, "K": num_inputs, "BLOCK": block, "PDL": pdl}
+    numbers = {"epsilon": epsilon, "K": num_inputs, "BLOCK": block, "PDL": pdl}
     options = {"num_warps": min(max(block // 512, 1), 16), **_PDL[pdl]}
-    launch(key, norm_kernel, (num_rows,), {**arguments, **options})
+    launch(norm_kernel, (num_rows,), {"out": out, "x": x, "norm": norm}, {**numbers, **options})
     return out
 
 
-def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
+def _launch(
+    product: _Product,
+    tuning: Tuning,
+    *,
+    residual: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
+    table: torch.Tensor | None,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    **epilogue: Hashable,
+) -> None:
     x, weight = product.x, product.weight
-    is_sum = isinstance(tuning, SumTuning)
-    if not is_sum and product.norm is not None:
-        x = normed_triton(x, product.norm, product.epsilon, product.normed, pdl=product.pdl)
-    key = (
-        "few",
-        x.shape,
-        weight.shape,
-        tuning,
-        product.pdl,
-        product.epsilon,
-        *places(x, weight, product.out, product.bias, product.norm if is_sum else None, *epilogue.values()),
-    )
-    if launched_again(key):
+    norm = product.norm
+    if not isinstance(tuning, SumTuning) and norm is not None:
+        x, norm = normed_triton(x, norm, product.epsilon, product.normed, pdl=product.pdl), None
+    tensors = {
+        "out": product.out,
+        "x": x,
+        "weight": weight,
+        "bias": product.bias,
+        "norm": norm,
+        "residual": residual,
+        "positions": positions,
+        "kv_indices": kv_indices,
+        "table": table,
+        "keys": keys,
+        "values": values,
+    }
+    key = ("few", x.shape, weight.shape, tuning, product.pdl, product.epsilon, *epilogue.values())
+    if launched_again(key, tensors):
         return
     from hotgraph_server.kernels.few_rows_kernels import dots_kernel, sums_kernel
 
@@ -378,8 +392,6 @@ def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     options = {
         **epilogue,
         **_PDL[product.pdl],
-        "out": product.out,
-        "bias": product.bias,
         "N": len(weight),
         "K": num_inputs,
         "BLOCK_ROWS": tuning.block_rows,
@@ -392,10 +404,10 @@ def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
     grid = (-(-len(weight) // tuning.block_rows),)
     if isinstance(tuning, SumTuning):
         assert num_rows <= MAX_SUM_ROWS, "a tuning for more rows"
-        own = {"x": x, "weight": weight, "norm": product.norm, "epsilon": product.epsilon}
-        launch(key, sums_kernel, grid, {**own, "TOKENS": num_rows, "TILE": tuning.tile, **options})
+        sizes = {"epsilon": product.epsilon, "TOKENS": num_rows, "TILE": tuning.tile}
+        launch_as(key, sums_kernel, grid, tensors, {**tensors, **sizes, **options})
         return
-    own = {
+    own: dict[str, object] = {
         "x": x.view(torch.int32),
         "weight": weight.view(torch.int32),
         "num_tokens": num_rows,
@@ -405,7 +417,9 @@ def _launch(product: _Product, tuning: Tuning, **epilogue: object) -> None:
         "TOKENS_AHEAD": tuning.tokens_ahead,
         "IS_BFLOAT16": x.dtype == torch.bfloat16,
     }
-    launch(key, dots_kernel, grid, {**own, **options})
+    arguments = {**tensors, **own, **options}
+    del arguments["norm"]  # this kernel has none
+    launch_as(key, dots_kernel, grid, tensors, arguments)
 
 
 def row_class(num_rows: int) -> int:

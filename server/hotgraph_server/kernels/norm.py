@@ -9,6 +9,7 @@ import functools
 
 import torch
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 
 
@@ -99,18 +100,19 @@ def _launch(
 ) -> None:
     size = x.shape[-1]
     block = next_power_of_two(size)
-    _rms_norm_kernel[(x.numel() // size,)](
-        x,
-        update,
-        weight,
-        out,
-        epsilon,
-        scale,
-        size=size,
-        num_weights=weight.numel() // size,
-        has_update=has_update,
-        block=block,
-        num_warps=min(max(block // 512, 1), 16),
+    launch(
+        _rms_norm_kernel,
+        (x.numel() // size,),
+        {"x": x, "update": update, "weight": weight, "out": out},
+        {
+            "epsilon": epsilon,
+            "scale": scale,
+            "size": size,
+            "num_weights": weight.numel() // size,
+            "has_update": has_update,
+            "block": block,
+            "num_warps": min(max(block // 512, 1), 16),
+        },
     )
 
 

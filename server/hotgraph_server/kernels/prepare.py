@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 from hotgraph_server.kernels.prepare_stage import IS_LAST, IS_NEW, IS_SAMPLED, RECORD_WORDS, RowRecord, StageLayout
 
@@ -129,39 +130,45 @@ def prepare_step_triton(
     """
     layout = source.layout
     num_tokens, num_rows = len(token_ids), len(row_slots)
-    _prepare_kernel[(num_rows + 1, -(-num_tokens // _PART_TOKENS))](
-        source.stages,
-        source.counter,
-        source.last_tokens,
-        source.block_tables,
-        source.parameters,
-        row_slots,
-        is_sampled,
-        token_ids,
-        positions,
-        kv_indices,
-        block_tables,
-        context_lens,
-        query_starts,
-        last_indices,
-        num_tokens,
-        num_rows,
-        DEPTH=len(source.stages),
-        STAGE_WORDS=layout.num_words,
-        RECORD_WORDS=RECORD_WORDS,
-        IDS_AT=layout.ids_at,
-        PARAMETERS_AT=layout.parameters_at,
-        PARAMETERS_STRIDE=layout.parameters_stride,
-        NUM_PARAMETERS=layout.num_parameters,
-        TABLES_AT=layout.tables_at,
-        MAX_BLOCKS=layout.max_blocks,
-        BLOCK_SIZE=block_size,
-        IS_SAMPLED=IS_SAMPLED,
-        IS_LAST=IS_LAST,
-        IS_NEW=IS_NEW,
-        PART_TOKENS=_PART_TOKENS,
-        PART_BLOCKS=min(_PART_BLOCKS, next_power_of_two(layout.max_blocks)),
-        num_warps=4,
+    launch(
+        _prepare_kernel,
+        (num_rows + 1, -(-num_tokens // _PART_TOKENS)),
+        {
+            "stages": source.stages,
+            "counter": source.counter,
+            "last_tokens": source.last_tokens,
+            "slot_block_tables": source.block_tables,
+            "slot_parameters": source.parameters,
+            "row_slots": row_slots,
+            "is_sampled": is_sampled,
+            "token_ids": token_ids,
+            "positions": positions,
+            "kv_indices": kv_indices,
+            "block_tables": block_tables,
+            "context_lens": context_lens,
+            "query_starts": query_starts,
+            "last_indices": last_indices,
+        },
+        {
+            "num_tokens": num_tokens,
+            "num_rows": num_rows,
+            "DEPTH": len(source.stages),
+            "STAGE_WORDS": layout.num_words,
+            "RECORD_WORDS": RECORD_WORDS,
+            "IDS_AT": layout.ids_at,
+            "PARAMETERS_AT": layout.parameters_at,
+            "PARAMETERS_STRIDE": layout.parameters_stride,
+            "NUM_PARAMETERS": layout.num_parameters,
+            "TABLES_AT": layout.tables_at,
+            "MAX_BLOCKS": layout.max_blocks,
+            "BLOCK_SIZE": block_size,
+            "IS_SAMPLED": IS_SAMPLED,
+            "IS_LAST": IS_LAST,
+            "IS_NEW": IS_NEW,
+            "PART_TOKENS": _PART_TOKENS,
+            "PART_BLOCKS": min(_PART_BLOCKS, next_power_of_two(layout.max_blocks)),
+            "num_warps": 4,
+        },
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 
 
@@ -42,18 +43,24 @@ def write_ring_triton(
 ) -> None:
     """`write_ring` in one program."""
     max_rows = ring_values.shape[2]
-    _write_ring_kernel[(1,)](
-        ring_ids,
-        ring_values,
-        counter,
-        token_ids,
-        values,
-        values.stride(0),
-        len(token_ids),
-        max_rows,
-        len(ring_ids),
-        next_power_of_two(max_rows),
-        num_warps=1,
+    launch(
+        _write_ring_kernel,
+        (1,),
+        {
+            "ring_ids": ring_ids,
+            "ring_values": ring_values,
+            "counter": counter,
+            "token_ids": token_ids,
+            "values": values,
+        },
+        {
+            "values_stride": values.stride(0),
+            "num_rows": len(token_ids),
+            "MAX_ROWS": max_rows,
+            "DEPTH": len(ring_ids),
+            "BLOCK": next_power_of_two(max_rows),
+            "num_warps": 1,
+        },
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 from hotgraph_server.kernels.kv_write import write_kv
 from hotgraph_server.kernels.norm import rms_norm
@@ -70,25 +71,31 @@ def rope_and_write_kv_triton(
     half_block = next_power_of_two(num_turned // 2)
     heads_block = min(max(_BLOCK // (2 * half_block), 1), next_power_of_two(num_all_heads))
     out = qkv.new_empty(len(qkv), num_heads, head_dim) if out is None else out
-    _rope_kv_kernel[(len(qkv), -(-num_all_heads // heads_block))](
-        qkv,
-        rope.table,
-        rope.positions,
-        kv_indices,
-        qkv if query_key_norm is None else query_key_norm,
-        keys,
-        values,
-        out,
-        epsilon,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        half=num_turned // 2,
-        has_norm=query_key_norm is not None,
-        heads_block=heads_block,
-        half_block=half_block,
-        rest_block=next_power_of_two(head_dim - num_turned) if head_dim > num_turned else 0,
-        num_warps=4,
+    launch(
+        _rope_kv_kernel,
+        (len(qkv), -(-num_all_heads // heads_block)),
+        {
+            "qkv": qkv,
+            "table": rope.table,
+            "positions": rope.positions,
+            "kv_indices": kv_indices,
+            "norm_weight": qkv if query_key_norm is None else query_key_norm,
+            "keys": keys,
+            "values": values,
+            "out": out,
+        },
+        {
+            "epsilon": epsilon,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "half": num_turned // 2,
+            "has_norm": query_key_norm is not None,
+            "heads_block": heads_block,
+            "half_block": half_block,
+            "rest_block": next_power_of_two(head_dim - num_turned) if head_dim > num_turned else 0,
+            "num_warps": 4,
+        },
     )
     return out
 

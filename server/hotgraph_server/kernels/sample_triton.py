@@ -16,6 +16,7 @@ import torch
 import triton  # type: ignore[import-untyped]  # it comes without types
 from triton.language.extra import libdevice  # type: ignore[import-untyped]  # as above
 
+from hotgraph_server.kernels.again import launch
 from hotgraph_server.kernels.jit import jit, next_power_of_two, tl
 from hotgraph_server.kernels.ring import write_ring
 from hotgraph_server.kernels.sample import RowSampling, row_peaks, sample_greedy, sample_gumbel
@@ -128,45 +129,56 @@ def sample_plain_triton(logits: torch.Tensor, step: PlainSampling, blocks: Block
         )
     if logits.stride(1) != 1 or logits.data_ptr() % 16:
         raise ValueError("logits must have dense rows and begin at a multiple of 16 bytes")
-    _blocks_kernel[(num_blocks, num_rows)](
-        logits,
-        logits.stride(0),
-        step.row_slots,
-        step.context_lens,
-        step.temperature,
-        step.seeds,
-        step.counter,
-        blocks.peaks,
-        blocks.scores,
-        blocks.token_ids,
-        blocks.number,
-        TEMPERATURE_STRIDE=step.temperature.stride(0),
-        SEEDS_STRIDE=step.seeds.stride(0),
-        VOCABULARY=vocabulary_size,
-        NUM_BLOCKS=num_blocks,
-        IS_GREEDY=is_greedy,
-        BLOCK=BLOCK_TOKENS,
-        num_warps=_BLOCK_WARPS,
-        enable_fp_fusion=False,  # torch rounds each product and each sum
+    found = {
+        "peaks": blocks.peaks,
+        "scores": blocks.scores,
+        "token_ids": blocks.token_ids,
+        "number": blocks.number,
+        "row_slots": step.row_slots,
+    }
+    launch(
+        _blocks_kernel,
+        (num_blocks, num_rows),
+        {
+            **found,
+            "logits": logits,
+            "context_lens": step.context_lens,
+            "temperature": step.temperature,
+            "seeds": step.seeds,
+            "counter": step.counter,
+        },
+        {
+            "row_stride": logits.stride(0),
+            "TEMPERATURE_STRIDE": step.temperature.stride(0),
+            "SEEDS_STRIDE": step.seeds.stride(0),
+            "VOCABULARY": vocabulary_size,
+            "NUM_BLOCKS": num_blocks,
+            "IS_GREEDY": is_greedy,
+            "BLOCK": BLOCK_TOKENS,
+            "num_warps": _BLOCK_WARPS,
+            "enable_fp_fusion": False,  # torch rounds each product and each sum
+        },
     )
     padded_blocks = next_power_of_two(num_blocks)
-    _finish_kernel[(num_rows,)](
-        blocks.peaks,
-        blocks.scores,
-        blocks.token_ids,
-        blocks.number,
-        step.row_slots,
-        step.is_sampled,
-        step.last_tokens,
-        step.values,
-        step.ring_ids,
-        step.ring_values,
-        VALUES_STRIDE=step.values.stride(0),
-        MAX_ROWS=max_rows,
-        DEPTH=len(step.ring_ids),
-        NUM_BLOCKS=num_blocks,
-        PADDED_BLOCKS=padded_blocks,
-        num_warps=min(max(padded_blocks // 64, 1), 8),
+    launch(
+        _finish_kernel,
+        (num_rows,),
+        {
+            **found,
+            "is_sampled": step.is_sampled,
+            "last_tokens": step.last_tokens,
+            "values": step.values,
+            "ring_ids": step.ring_ids,
+            "ring_values": step.ring_values,
+        },
+        {
+            "VALUES_STRIDE": step.values.stride(0),
+            "MAX_ROWS": max_rows,
+            "DEPTH": len(step.ring_ids),
+            "NUM_BLOCKS": num_blocks,
+            "PADDED_BLOCKS": padded_blocks,
+            "num_warps": min(max(padded_blocks // 64, 1), 8),
+        },
     )
 
 

@@ -14,13 +14,14 @@ A product of few outputs leaves multiprocessors idle unless its sums are split a
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 from hotgraph_server.kernels import few_rows
-from hotgraph_server.kernels.again import launch, launched_again, places
+from hotgraph_server.kernels.again import launch_as, launched_again
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.rope import RopePlan
@@ -430,34 +431,25 @@ def _launch(
     table: torch.Tensor | None,
     keys: torch.Tensor | None,
     values: torch.Tensor | None,
-    **epilogue: object,
+    **epilogue: Hashable,
 ) -> None:
     is_split = tuning.splits > 1
-    partials = split_room.partials if is_split and split_room is not None else None
-    arrivals = split_room.arrivals if is_split and split_room is not None else None
-    key = (
-        "tiles",
-        x.shape,
-        weight.shape,
-        tuning,
-        pdl,
-        *places(
-            *epilogue.values(),
-            x,
-            weight,
-            out,
-            bias,
-            partials,
-            arrivals,
-            residual,
-            positions,
-            kv_indices,
-            table,
-            keys,
-            values,
-        ),
-    )
-    if launched_again(key):
+    tensors = {
+        "out": out,
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "partials": split_room.partials if is_split and split_room is not None else None,
+        "arrivals": split_room.arrivals if is_split and split_room is not None else None,
+        "residual": residual,
+        "positions": positions,
+        "kv_indices": kv_indices,
+        "table": table,
+        "keys": keys,
+        "values": values,
+    }
+    key = ("tiles", x.shape, weight.shape, tuning, pdl, *epilogue.values())
+    if launched_again(key, tensors):
         return
 
     from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]  # without types
@@ -484,18 +476,9 @@ def _launch(
     # What the copy engine is told of a matrix goes to the kernel by value, so a graph keeps it.
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     arguments = {
-        "out": out,
+        **tensors,
         "x": TensorDescriptor(x, [num_rows, num_inputs], [num_inputs, 1], [room, _COLUMNS], layout),
         "weight": TensorDescriptor(weight, [len(weight), num_inputs], [num_inputs, 1], [box_rows, _COLUMNS], layout),
-        "bias": bias,
-        "partials": partials,
-        "arrivals": arrivals,
-        "residual": residual,
-        "positions": positions,
-        "kv_indices": kv_indices,
-        "table": table,
-        "keys": keys,
-        "values": values,
         "num_tokens": num_rows,
         "N": len(weight),
         "K": num_inputs,
@@ -511,4 +494,4 @@ def _launch(
         **_PDL[pdl],
         **epilogue,
     }
-    launch(key, tiles_kernel, (-(-len(weight) // tuning.block_rows), tuning.splits), arguments)
+    launch_as(key, tiles_kernel, (-(-len(weight) // tuning.block_rows), tuning.splits), tensors, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,14 @@ def bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         return int(bound.handle.data.item()) if hasattr(bound, "handle") else int(bound)
 
     monkeypatch.setattr(interpreter, "range", lambda *bounds: builtins.range(*map(to_int, bounds)), raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _new_plans() -> Iterator[None]:
+    """What is planned depends on constants that tests replace."""
+    attention_triton._plans.cache_clear()
+    yield
+    attention_triton._plans.cache_clear()
 
 
 def rows_of(problem: Problem) -> DeviceRows:

@@ -257,11 +257,19 @@ def test_what_was_measured_is_taken(num_rows: int, heads: tuple[int, int], wante
 def test_a_window_bounds_how_long_a_row_is() -> None:
     """A layer that sees few keys has no programs for long rows, beside one of the same step that sees all; and the scratch."""
     rows = rows_of(64, 64, 1024)
-    cut = CUTS[0]
-    assert rows.splits(32, cut, None).num_extra > 0
-    assert rows.splits(32, cut, 512).num_layers == 1
-    num_splits = rows.splits(32, cut, None).max_splits
+    query = torch.ones(64, 32, 128, dtype=torch.float16)
+    cache = torch.ones(1, 16, 32, 128, dtype=torch.float16)
+
+    def planned(window: int | None) -> Any:
+        (launch,) = launches(
+            query, cache, cache, rows, torch.empty_like(query), scaling=1.0, window=window, softcap=None, sinks=None
+        )
+        return launch
+
+    assert planned(512).grid == (64, 32, 1)
+    whole = planned(None)
+    assert whole.grid[2] > 1
+    num_splits = 1 << whole.arguments["split_bits"]
     assert num_splits == 16
-    scratch = rows.scratch(32, num_splits, 128)
-    assert scratch.sums.shape == (64, 32, num_splits, 128)
-    assert rows.scratch(32, num_splits, 128) is scratch
+    assert whole.arguments["sums"].shape == (64, 32, num_splits, 128)
+    assert planned(None).arguments["sums"] is whole.arguments["sums"]
