@@ -36,8 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--num-slots", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=32768)
+    parser.add_argument("--batch-invariant", action="store_true", help="results do not depend on what else runs")
     arguments = parser.parse_args(argv)
-    loaded = make_loaded(arguments.config, device=device_of(arguments), dtype=dtype_of(arguments))
+    loaded = make_loaded(
+        arguments.config,
+        device=device_of(arguments),
+        dtype=dtype_of(arguments),
+        batch_invariant=arguments.batch_invariant,
+    )
     settings = make_settings(loaded, num_slots=arguments.num_slots, kv_tokens=arguments.kv_tokens)
     settings = settings.model_copy(update={"server": ServerSettings(listen=(f"unix:{arguments.socket}",))})
 
@@ -61,6 +67,7 @@ def daemon_process(arguments: argparse.Namespace, *, num_slots: int = 64, kv_tok
         command += ["--num-slots", str(num_slots), "--kv-tokens", str(kv_tokens)]
         command += ["--run-ahead", str(run_ahead_of(arguments))]
         command += ["--dtype", arguments.dtype] if arguments.dtype else []
+        command += ["--batch-invariant"] if getattr(arguments, "batch_invariant", False) else []
         paths = [str(Path(__file__).parents[2]), *sys.path]  # the child finds what this process found
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         with subprocess.Popen(command, env=environment) as child:

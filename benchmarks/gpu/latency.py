@@ -304,13 +304,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("Latency: TTFT of a lone request, TPOT of steady batches.")
     add_arguments(parser)
     parser.add_argument("--grpc", action="store_true", help="also through the daemon, over a Unix socket")
+    parser.add_argument("--batch-invariant", action="store_true", help="results do not depend on what else runs")
     parser.add_argument("--only-grpc", action="store_true", help="only that")
     parser.add_argument("--out", type=Path, help="the JSON to write")
     arguments = parser.parse_args(argv)
     report = Report("latency", arguments)
     report.results["rates"] = measure_rates(device_of(arguments), dtype_of(arguments))
     if not arguments.only_grpc:
-        loaded = make_loaded(arguments.config, device=device_of(arguments), dtype=dtype_of(arguments))
+        loaded = make_loaded(
+            arguments.config,
+            device=device_of(arguments),
+            dtype=dtype_of(arguments),
+            batch_invariant=arguments.batch_invariant,
+        )
         report.results["model_seconds"] = loaded.load_seconds
         say(f"{loaded.model_id}: {loaded.model.weights_bytes / 1e9:.2f} GB made in {loaded.load_seconds:.1f} s")
         report.results["in process"] = run(lambda: measure(arguments, report, loaded))

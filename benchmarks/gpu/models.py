@@ -146,14 +146,24 @@ class Loaded:
 
 
 def make_loaded(
-    config_name: str, *, device: torch.device, dtype: torch.dtype, num_positions: int | None = None
+    config_name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_positions: int | None = None,
+    batch_invariant: bool = False,
 ) -> Loaded:
-    """Our decoder in this shape, on this device. num_positions: contexts it is made for; None: its model's own."""
+    """Our decoder in this shape, on this device. num_positions: contexts it is made for; None: its model's own.
+
+    Raises ModelLoadError where it cannot be batch-invariant and has to be.
+    """
     begin_seconds = time.perf_counter()
     shape = SHAPES[config_name].with_positions(num_positions)
     config = shape.config()
     weights = RandomWeights(shape, dtype=dtype, device=device)
-    model = Decoder.from_config(config, weights, dtype=dtype, device=device, max_context=None)
+    model = Decoder.from_config(
+        config, weights, dtype=dtype, device=device, max_context=None, batch_invariant=batch_invariant
+    )
     synchronize(device)
     return Loaded(model, f"random-{config_name}", time.perf_counter() - begin_seconds)
 

@@ -49,6 +49,13 @@ class ModelSettings(Section):
             " shipped for its GPU, off takes none, else a file.",
         ),
     ] = "auto"
+    batch_invariant: Annotated[
+        bool,
+        Field(
+            description="A request's tokens and log-probabilities are the same bits whatever else runs. On Hopper GPUs, in 16"
+            " bits, with the lean decoder; elsewhere it is an error."
+        ),
+    ] = False
     num_threads: Annotated[
         int | None, Field(ge=1, description="CPU threads of one step. Default: the CPU's cores.")
     ] = None

@@ -272,7 +272,9 @@ class TorchEngine:
         if is_cuda:
             torch.cuda.synchronize(self._device)  # weights and buffers may still be written by another stream
         max_step_tokens = min(scheduler.max_step_tokens, context_length)  # of one row
-        for sampler, lengths in warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda):
+        is_invariant = self._settings.model.batch_invariant
+        steps = warm_up_steps(scheduler.num_slots, max_step_tokens, is_cuda=is_cuda, is_invariant=is_invariant)
+        for sampler, lengths in steps:
             rows = [Row(slot, 0, length, [0] * length, is_sampled=False) for length in lengths]
             live.fill(Batch(step=0, rows=rows, sampler=sampler), len(rows))
             self._program.run(live, sum(lengths), len(rows), sampler, is_fixed=is_cuda)
@@ -377,11 +379,14 @@ class TorchEngine:
         return StepOutput(batch.step, token_ids, receipt, logprobs, failed_rows)
 
 
-def warm_up_steps(num_slots: int, max_step_tokens: int, *, is_cuda: bool) -> list[tuple[Sampler, list[int]]]:
+def warm_up_steps(
+    num_slots: int, max_step_tokens: int, *, is_cuda: bool, is_invariant: bool = False
+) -> list[tuple[Sampler, list[int]]]:
     """The steps that are run before the first request: sampler, and the tokens of each row.
 
     On a GPU kernels differ with the number of rows and are compiled and loaded at their first use, so there are steps of all
-    orders of size; and the largest, since the memory that a step takes in passing stays with its stream.
+    orders of size; and the largest, since the memory that a step takes in passing stays with its stream. is_invariant: products
+    of long steps have kernels of their own for up to 128 tokens, and for blocks of as many.
     """
     steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 2, 3)]
     if is_cuda:
@@ -389,6 +394,8 @@ def warm_up_steps(num_slots: int, max_step_tokens: int, *, is_cuda: bool) -> lis
         row_counts = [2**power for power in range(1, max_rows.bit_length()) if 2**power < max_rows]
         steps += [(Sampler.GREEDY, [1] * num_rows) for num_rows in row_counts]
         steps += [(Sampler.FILTERED, [1] * max_rows), (Sampler.GREEDY, [max_step_tokens])]
+        if is_invariant:
+            steps += [(Sampler.GREEDY, [num_tokens]) for num_tokens in (128, 256, 384) if num_tokens < max_step_tokens]
     return steps
 
 

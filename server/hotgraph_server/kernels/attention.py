@@ -116,6 +116,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
+    is_invariant: bool = False,
 ) -> torch.Tensor:
     """Each token's weighted sum of the values at its row's positions up to its own: [T, query heads, value_dim].
 
@@ -130,6 +131,8 @@ def paged_attention(
     this step, and none of these may be at positions that another row reads; and it must be launched without `pdl`, or let
     others start only after its own wait, as a `few_rows_qkv` or a `few_rows_linear` that norms does (`triggers_late`): else
     what came before it might not be complete.
+    With `is_invariant`, on a GPU, a token's result has the same bits whatever else is in the step, and however its row is cut
+    into steps: see `attention_invariant.py`. Then `pdl` holds for rows of any length.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; grouped
     queries: Ainslie et al., "GQA", 2023; softcap: Gemma 2; sinks: gpt-oss.
@@ -154,5 +157,6 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
         pdl=pdl,
+        is_invariant=is_invariant,
     )
     return out

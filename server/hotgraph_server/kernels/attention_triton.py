@@ -15,6 +15,7 @@ import triton  # type: ignore[import-untyped]  # it comes without types
 
 from hotgraph_server.kernels.again import launch_as, launched_again
 from hotgraph_server.kernels.attention_decode import decode_kernel
+from hotgraph_server.kernels.attention_invariant import invariant_kernel
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 
 MULTIPROCESSORS = 132
@@ -31,6 +32,10 @@ _MAX_PARTS = 1024  # shares that the scratch of a step has room for, if all rows
 _MAX_HEADS = 32
 """Query heads a program may serve; further ones of the same KV head go to other programs, or registers would run out."""
 _NO_WINDOW = 1 << 30
+INVARIANT_TOGETHER = 2
+"""Programs of `attention_invariant.py` that a multiprocessor has registers for."""
+_SHARES_AT_ONCE = 8  # of a shared row, loaded together
+_MAX_INVARIANT_BYTES = 64 << 20  # of scratch of a step; rows that would need more are not shared among programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +176,15 @@ def triton_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
     pdl: bool = False,
+    is_invariant: bool = False,
 ) -> None:
     """Writes all of `out`, contiguous [T, query heads, value_dim]; the rest is as in `attention.paged_attention`."""
     if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
         # One copy here, so that kernels know of one stride, which does not depend on the number of tokens.
         query = query.contiguous()
-    for plan in _plans_of(query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, pdl=pdl):
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    options |= {"pdl": pdl, "is_invariant": is_invariant}
+    for plan in _plans_of(query, keys, values, rows, out, **options):
         tensors = _tensors(plan, query, keys, values, rows, out, sinks)
         if not launched_again(plan, tensors):
             launch_as(plan, plan.kernel, plan.grid, tensors, _arguments(plan, tensors))
@@ -194,12 +202,14 @@ def launches(
     softcap: float | None,
     sinks: torch.Tensor | None,
     pdl: bool = False,
+    is_invariant: bool = False,
 ) -> list[Launch]:
     """What `triton_attention` runs, in order, for a query of heads that lie side by side."""
-    plans = _plans_of(query, keys, values, rows, out, scaling=scaling, window=window, softcap=softcap, pdl=pdl)
+    options: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    options |= {"pdl": pdl, "is_invariant": is_invariant}
     return [
         Launch(plan.kernel, plan.grid, _arguments(plan, _tensors(plan, query, keys, values, rows, out, sinks)))
-        for plan in plans
+        for plan in _plans_of(query, keys, values, rows, out, **options)
     ]
 
 
@@ -228,6 +238,7 @@ def _plans_of(
     window: int | None,
     softcap: float | None,
     pdl: bool,
+    is_invariant: bool,
 ) -> tuple[_Plan, ...]:
     assert keys.is_contiguous(), "the cache is contiguous"
     assert values.is_contiguous(), "the cache is contiguous"
@@ -250,6 +261,7 @@ def _plans_of(
         window,
         None if softcap is None else float(softcap),
         pdl,
+        is_invariant,
     )
 
 
@@ -270,8 +282,9 @@ def _plans(
     window: int | None,
     softcap: float | None,
     pdl: bool,
+    is_invariant: bool,
 ) -> tuple[_Plan, ...]:
-    """One or two, in order: for rows of one token, and for all others."""
+    """One or two, in order: for rows of one token, and for all others; one for both where it is invariant."""
     group = num_heads // num_kv_heads
     num_head_blocks = -(-group // _MAX_HEADS)
     heads = -(-group // num_head_blocks)
@@ -296,6 +309,8 @@ def _plans(
         "num_rows": num_rows,
     }
     num_programs = num_kv_heads * num_head_blocks
+    if is_invariant:
+        return (_invariant_plan(common, num_tokens, table_width * block_size, row_bytes, dtype, window, pdl=pdl),)
     is_decode = num_tokens == num_rows
     # A lone row is not worth a second launch: should it be one token in a longer step, the tiles take it.
     is_mixed = not is_decode and num_rows > 1
@@ -353,6 +368,60 @@ def _arguments(plan: _Plan, tensors: dict[str, torch.Tensor | None]) -> dict[str
     if plan.is_paired:
         arguments |= {name: arguments[name].view(torch.int32) for name in ("keys", "values")}
     return arguments
+
+
+def _invariant_plan(
+    common: dict[str, Any],
+    num_tokens: int,
+    max_context: int,
+    row_bytes: int,
+    dtype: torch.dtype,
+    window: int | None,
+    *,
+    pdl: bool,
+) -> _Plan:
+    """One kernel for all rows, in which nothing but how many programs share a row depends on the step."""
+    heads, num_rows, value_dim = common["block_heads"], common["num_rows"], common["value_dim"]
+    num_heads = common["num_kv_heads"] * common["group"]
+    num_programs = common["num_kv_heads"] * common["head_blocks"]
+    options = _tile_options(heads, row_bytes, dtype)
+    if common["key_dim"] != common["padded_key_dim"] or value_dim != common["padded_value_dim"]:
+        options["num_warps"] = 8  # masks of what is padded do not fit the registers of four
+    # A window may begin and end within a share.
+    most_seen = max_context if window is None else min(max_context, window + options["tile_keys"])
+    max_shares = -(-most_seen // options["tile_keys"])
+    num_parts = invariant_parts(
+        num_rows, num_tokens, num_programs, max_shares, share_bytes=4 * num_heads * (value_dim + 2)
+    )
+    # Of the sums of so many shares, what fits 64 registers of each thread.
+    most_heads = 32 * options["num_warps"] * 64 // (_SHARES_AT_ONCE * common["padded_value_dim"])
+    numbers = {
+        **common,
+        **options,
+        "max_shares": max_shares,
+        "num_tokens": num_tokens,
+        "heads_at_once": max(1, min(triton.next_power_of_2(heads), most_heads)),
+        "shares_at_once": _SHARES_AT_ONCE,
+        "PDL": pdl,
+    }
+    if pdl:  # as below
+        numbers["launch_pdl"] = True
+    num_tiles = num_tokens // options["tile_tokens"] + num_rows + 1
+    scratch = (num_heads, max_shares if num_parts > 1 else 1, value_dim)
+    return _Plan(invariant_kernel, (num_tiles, num_programs, num_parts), numbers, scratch)
+
+
+def invariant_parts(num_rows: int, num_tokens: int, num_programs: int, max_shares: int, *, share_bytes: int) -> int:
+    """Programs that may share a row of one token, a power of two: as many as run at a time if all rows have as many.
+
+    num_programs: of a row that is not shared; share_bytes: of scratch, for each row and share.
+    """
+    if num_rows == 1 < num_tokens or num_rows * max_shares * share_bytes > _MAX_INVARIANT_BYTES:
+        return 1
+    num_parts = 1
+    while num_parts < max_shares and 2 * num_parts * num_rows * num_programs <= INVARIANT_TOGETHER * MULTIPROCESSORS:
+        num_parts *= 2
+    return num_parts
 
 
 def _split_arguments(splits: Splits) -> dict[str, int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from hotgraph_server.kernels.row_sums import row_cumsum
+
 
 def filter_threshold(
     largest: torch.Tensor,
@@ -38,7 +40,7 @@ def filter_threshold(
     # The running sum of probabilities is in float64: near p = 1 float32 would never reach it.
     weights = torch.exp((largest - first.unsqueeze(1)).to(torch.float64))
     weights = torch.where(largest >= k_threshold.unsqueeze(1), weights, 0.0)
-    sums = weights.cumsum(1)
+    sums = row_cumsum(weights)
     goal = top_p * torch.where(has_top_k & is_k_known, sums[:, -1], total)
     reached_at = torch.searchsorted(sums, goal.unsqueeze(1))  # the first place whose sum is at least the goal
     is_reached = reached_at.squeeze(1) < num_known

@@ -17,6 +17,7 @@ import torch
 
 from hotgraph_server.kernels.filters import filter_threshold
 from hotgraph_server.kernels.noise import gumbel_noise
+from hotgraph_server.kernels.row_sums import row_logsumexp
 
 _NUM_CANDIDATES = (64, 1024)  # how many of the largest logits are tried before the whole row is sorted
 
@@ -168,7 +169,7 @@ def _filtered_by_sort(logits: torch.Tensor, sampling: RowSampling) -> torch.Tens
     vocabulary_size = logits.shape[1]
     scaled = _scale(logits, sampling)
     largest = _sorted_down(scaled)
-    total = torch.exp((scaled.logsumexp(dim=1) - largest[:, 0]).to(torch.float64))
+    total = torch.exp((row_logsumexp(scaled) - largest[:, 0]).to(torch.float64))
     threshold, _ = filter_threshold(
         largest,
         total,

@@ -63,6 +63,14 @@ class TileTuning:
         """Of a tile as the tensor cores take it."""
         return max(self.block_rows, 64)
 
+    def stretch(self, num_inputs: int) -> int:
+        """Columns whose products one program adds up. With `splits` it is all that the order of sums depends on.
+
+        Of sums that are split it is the same for one part and for two.
+        """
+        unit = _COLUMNS * (self.parts if self.splits == 1 else max(self.parts, 2))
+        return -(-num_inputs // (unit * self.splits)) * unit
+
     def shared_bytes(self, room: int) -> int:
         """Of shared memory, with room for so many tokens."""
         tiles_bytes = self.parts * (self.tile_rows + room) * _COLUMNS * 2
@@ -111,12 +119,18 @@ class SplitRoom:
     arrivals: torch.Tensor
 
     @classmethod
-    def for_outputs(cls, num_outputs: int, device: torch.device, *, splits: int = MAX_SPLITS) -> SplitRoom:
-        """For weights of up to `num_outputs` rows: `splits` times 64 float32 numbers for each of them."""
+    def for_outputs(
+        cls, num_outputs: int, device: torch.device, *, splits: int = MAX_SPLITS, num_rows: int = MAX_ROWS
+    ) -> SplitRoom:
+        """For weights of up to `num_outputs` rows: `splits` times `num_rows` float32 numbers for each of them.
+
+        num_rows: of x, or what its blocks have room for together.
+        """
         num_padded = -(-num_outputs // 128) * 128
+        num_blocks = -(-num_rows // MAX_ROWS)
         return cls(
-            torch.empty(splits * MAX_ROWS * num_padded, dtype=torch.float32, device=device),
-            torch.zeros(num_padded // 64, dtype=torch.int32, device=device),
+            torch.empty(splits * num_blocks * MAX_ROWS * num_padded, dtype=torch.float32, device=device),
+            torch.zeros(num_blocks * (num_padded // 64), dtype=torch.int32, device=device),
         )
 
     @property
@@ -124,9 +138,9 @@ class SplitRoom:
         """Bytes on the device."""
         return self.partials.nbytes + self.arrivals.nbytes
 
-    def holds(self, tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
-        """Whether a product cut up so finds its place here, with room for so many tokens."""
-        return _holds(self.sizes, tuning, num_weight_rows, room)
+    def holds(self, tuning: TileTuning, num_weight_rows: int, room: int, num_token_blocks: int = 1) -> bool:
+        """Whether a product cut up so finds its place here, with room for so many tokens in each of its blocks."""
+        return _holds(self.sizes, tuning, num_weight_rows, room, num_token_blocks)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -134,8 +148,10 @@ class SplitRoom:
         return self.partials.numel(), self.arrivals.numel()
 
 
-def _holds(sizes: tuple[int, int], tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
-    num_blocks = -(-num_weight_rows // tuning.block_rows)
+def _holds(
+    sizes: tuple[int, int], tuning: TileTuning, num_weight_rows: int, room: int, num_token_blocks: int = 1
+) -> bool:
+    num_blocks = -(-num_weight_rows // tuning.block_rows) * num_token_blocks
     num_partials = num_blocks * tuning.tile_rows * room * tuning.splits
     return num_partials <= sizes[0] and num_blocks <= sizes[1]
 
@@ -226,8 +242,12 @@ def tile_rows_linear_triton(
     split_room: SplitRoom | None = None,
     pdl: bool = False,
     tuning: TileTuning | None = None,
+    room: int | None = None,
 ) -> torch.Tensor:
-    """`tile_rows_linear` in its kernels. A `tuning` that splits needs a `split_room` that holds it."""
+    """`tile_rows_linear` in its kernels. A `tuning` that splits needs a `split_room` that holds it.
+
+    room: tokens that a program has room for, a power of two from 8 to 256; x has more rows only if it is more than 64.
+    """
     num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
     if out is None:
         out = x.new_empty(len(x), num_outputs)
@@ -244,6 +264,7 @@ def tile_rows_linear_triton(
         bias,
         tuning,
         split_room,
+        room_for(len(x)) if room is None else room,
         pdl=pdl,
         residual=residual,
         positions=None,
@@ -316,8 +337,12 @@ def tile_rows_qkv_triton(
     split_room: SplitRoom | None = None,
     pdl: bool = False,
     tuning: TileTuning | None = None,
+    room: int | None = None,
 ) -> torch.Tensor:
-    """`tile_rows_qkv` in its kernels. A tuning's rows are of one head, so half of them divide half of a head."""
+    """`tile_rows_qkv` in its kernels. A tuning's rows are of one head, so half of them divide half of a head.
+
+    room: as in `tile_rows_linear_triton`.
+    """
     num_kv_heads, head_dim = keys.shape[2:]
     assert keys.is_contiguous(), "the cache is contiguous"
     assert values.is_contiguous(), "the cache is contiguous"
@@ -336,6 +361,7 @@ def tile_rows_qkv_triton(
         bias,
         tuning,
         split_room,
+        room_for(len(x)) if room is None else room,
         pdl=pdl,
         residual=None,
         positions=rope.positions,
@@ -413,7 +439,7 @@ def _halved(tuning: TileTuning) -> TileTuning:
 
 
 def _num_steps(tuning: TileTuning, num_inputs: int) -> int:
-    return -(-num_inputs // (_COLUMNS * tuning.parts * tuning.splits))
+    return tuning.stretch(num_inputs) // (_COLUMNS * tuning.parts)
 
 
 def _launch(
@@ -423,6 +449,7 @@ def _launch(
     bias: torch.Tensor | None,
     tuning: TileTuning,
     split_room: SplitRoom | None,
+    room: int,
     *,
     pdl: bool,
     residual: torch.Tensor | None,
@@ -448,7 +475,7 @@ def _launch(
         "keys": keys,
         "values": values,
     }
-    key = ("tiles", x.shape, weight.shape, tuning, pdl, *epilogue.values())
+    key = ("tiles", x.shape, weight.shape, tuning, room, pdl, *epilogue.values())
     if launched_again(key, tensors):
         return
 
@@ -458,20 +485,24 @@ def _launch(
     from hotgraph_server.kernels.tile_rows_kernels import tiles_kernel
 
     num_rows, num_inputs = x.shape
-    room, is_paired = room_for(num_rows), epilogue["DISTANCE"] != 0
-    assert 1 <= num_rows <= MAX_ROWS, "rows for one tile"
+    is_paired = epilogue["DISTANCE"] != 0
+    num_token_blocks = -(-num_rows // room)
+    assert num_rows >= 1, "rows"
+    assert room in (8, 16, 32, 64, 128, 256), "a width that the tensor cores know"
+    assert num_token_blocks == 1 or room > MAX_ROWS, "rows for one tile"
     assert suits(weight), "a weight as `make_linear` has it"
     assert x.is_contiguous(), "x is contiguous"
     assert x.dtype == weight.dtype, "one dtype"
     assert out.is_contiguous(), "the result is contiguous"
     num_steps = _num_steps(tuning, num_inputs)
+    num_blocks = -(-len(weight) // tuning.block_rows)
     assert min(num_steps, 2) <= tuning.num_stages <= num_steps, "a stage to fill while one is read, and none in vain"
     assert tuning.shared_bytes(room) <= _SHARED_BYTES, "a ring that fits"
     assert tuning.num_warps == 4 or tuning.block_rows == 128, "64 rows for four warps"
     if tuning.splits > 1:
         assert tuning.block_rows >= 64, "what is split fills its tiles"
         assert split_room is not None, "room for what is split"
-        assert split_room.holds(tuning, len(weight), room), "room for what is split"
+        assert split_room.holds(tuning, len(weight), room, num_token_blocks), "room for what is split"
     box_rows = tuning.block_rows // 2 if is_paired else tuning.block_rows
     # What the copy engine is told of a matrix goes to the kernel by value, so a graph keeps it.
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -488,10 +519,12 @@ def _launch(
         "PARTS": tuning.parts,
         "STAGES": tuning.num_stages,
         "SPLITS": tuning.splits,
+        "STEPS": num_steps,
         "PDL": pdl,
         "TRIGGERS_LATE": tuning.triggers_late,
         "num_warps": tuning.num_warps,
         **_PDL[pdl],
         **epilogue,
     }
-    launch_as(key, tiles_kernel, (-(-len(weight) // tuning.block_rows), tuning.splits), tensors, arguments)
+    grid = (num_blocks, tuning.splits) if room <= MAX_ROWS else (num_token_blocks, num_blocks, tuning.splits)
+    launch_as(key, tiles_kernel, grid, tensors, arguments)

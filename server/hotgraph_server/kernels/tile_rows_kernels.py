@@ -2,6 +2,11 @@
 
 The weight's tiles come into a ring in shared memory by the bulk copy engine (TMA) and are the M side of `wgmma`; the tokens,
 padded to 16, 32 or 64, are its N side and share the ring's stages. So hardly a register is spent on what is in flight.
+`invariant_rows.py` has it padded to 8, and to 128 and 256, where blocks of so many tokens have programs of their own.
+
+A result is the sum over all columns, 16 at a time from the first to the last, within each of SPLITS stretches of STEPS steps,
+and then the sum of the stretches in their order. So its bits follow from SPLITS and from the columns of a stretch, and not from
+how many tokens there are or are room for, nor from the sizes of tiles and of the ring.
 
 With `PDL` a kernel is launched before the one in front of it in the stream has ended (programmatic dependent launch). Up to
 `gdc_wait` it requests only what no kernel writes: the ring's first tiles of the weight. All its programs wait, so whoever waits
@@ -10,7 +15,7 @@ for it waits for all before.
 Names: a weight has N rows of K inputs; a box is what one request brings, BOX_ROWS rows of 64 columns; a tile is TILE_ROWS rows
 of 64 columns, as the tensor cores take it, in one box or in two that fill its halves, or as much of them as they can; a stage
 of the ring is PARTS tiles of the weight and as many of x. What is marked constexpr follows from the weight, the tuning and
-which of 16, 32 and 64 tokens there is room for, never from a number of rows.
+which power of two of tokens there is room for, never from a number of rows.
 
 Sources: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" and "cp.async.bulk.tensor"; CUDA programming guide,
 "Programmatic Dependent Launch and Synchronization".
@@ -103,14 +108,17 @@ def _request_tokens(
     ring: ttgl.tensor,
     barrier: ttgl.tensor,
     stage: ttgl.tensor,
+    first_token: ttgl.tensor,
     step: ttgl.tensor,
     is_wanted: ttgl.tensor,
     PARTS: ttgl.constexpr,
 ) -> None:
-    """Step `step`'s columns of all tokens into stage `stage`; there are zeros for tokens that do not exist."""
+    """Step `step`'s columns of the block's tokens into stage `stage`; there are zeros for tokens that do not exist."""
     for part in ttgl.static_range(PARTS):
         column = (step * PARTS + part) * COLUMNS
-        tma.async_copy_global_to_shared(source, [0, column], barrier, ring.index(stage * PARTS + part), is_wanted)
+        tma.async_copy_global_to_shared(
+            source, [first_token, column], barrier, ring.index(stage * PARTS + part), is_wanted
+        )
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -120,6 +128,7 @@ def _store_product(
     bias: ttgl.tensor,
     residual: ttgl.tensor,
     num_tokens: ttgl.tensor,
+    first_token: ttgl.tensor,
     first_row: ttgl.tensor,
     N: ttgl.constexpr,
     BOX_ROWS: ttgl.constexpr,
@@ -135,7 +144,7 @@ def _store_product(
     local = ttgl.arange(0, rows, layout=ttgl.SliceLayout(1, layout))
     row = first_row + local
     is_row = (local < BOX_ROWS) & (row < width)
-    token = ttgl.arange(0, tokens, layout=ttgl.SliceLayout(0, layout))[None, :]
+    token = first_token + ttgl.arange(0, tokens, layout=ttgl.SliceLayout(0, layout))[None, :]
     place = token * width + row[:, None]
     mask = (token < num_tokens) & is_row[:, None]
     if residual is not None:
@@ -164,6 +173,7 @@ def _load_turns(
     kv_indices: ttgl.tensor,
     table: ttgl.tensor,
     num_tokens: ttgl.tensor,
+    first_token: ttgl.tensor,
     first_column: ttgl.tensor,
     TILE_ROWS: ttgl.constexpr,
     TOKENS: ttgl.constexpr,
@@ -173,7 +183,7 @@ def _load_turns(
 ) -> ttgl.tuple:
     """Of each pair of rows and token the cosine and the sine, [pairs, TOKENS], and of each token its slot."""
     layout: ttgl.constexpr = _stored(TILE_ROWS // 2, TOKENS, num_warps, True)
-    token = ttgl.arange(0, TOKENS, layout=ttgl.SliceLayout(0, layout))
+    token = first_token + ttgl.arange(0, TOKENS, layout=ttgl.SliceLayout(0, layout))
     is_token = token < num_tokens
     local = ttgl.arange(0, TILE_ROWS // 2, layout=ttgl.SliceLayout(1, layout))
     line = ttgl.load(positions + token, mask=is_token, other=0) * HEAD_DIM + first_column
@@ -193,6 +203,7 @@ def _store_heads(
     bias: ttgl.tensor,
     turns: ttgl.tuple,
     num_tokens: ttgl.tensor,
+    first_token: ttgl.tensor,
     head: ttgl.tensor,
     first_column: ttgl.tensor,
     N: ttgl.constexpr,
@@ -224,7 +235,7 @@ def _store_heads(
         turned_first = (first * cosine).to(dtype).to(ttgl.float32) - second * sine
         second = (second * cosine).to(dtype).to(ttgl.float32) + first * sine
         first = turned_first
-    token = ttgl.arange(0, tokens, layout=ttgl.SliceLayout(0, layout))
+    token = first_token + ttgl.arange(0, tokens, layout=ttgl.SliceLayout(0, layout))
     mask = (token < num_tokens)[None, :] & is_row[:, None]
     if head < num_heads:
         place = out + (token * num_heads + head)[None, :] * HEAD_DIM + column[:, None]
@@ -263,6 +274,7 @@ def tiles_kernel(
     PARTS: ttgl.constexpr,
     STAGES: ttgl.constexpr,
     SPLITS: ttgl.constexpr,
+    STEPS: ttgl.constexpr,
     ACTIVATION: ttgl.constexpr,
     DISTANCE: ttgl.constexpr,
     NUM_KV_HEADS: ttgl.constexpr,
@@ -273,16 +285,27 @@ def tiles_kernel(
 ) -> None:
     """A program makes the outputs of one tile's rows for all tokens, from all of K or from one of SPLITS stretches of it.
 
+    A stretch is STEPS steps of PARTS * 64 columns. The grid is (tiles, SPLITS); with room for more than 64 tokens a program has
+    one block of them, and the grid is (blocks of tokens, tiles, SPLITS): programs that read the same weight are neighbours.
     x [tokens, K] and weight [N, K] are tensor descriptors. Programs of one tile leave float32 sums in `partials`; the last one
     to arrive there adds them up in the order of K and sets `arrivals` back to 0.
     """
     dtype: ttgl.constexpr = weight.dtype
-    num_steps: ttgl.constexpr = (K + COLUMNS * PARTS * SPLITS - 1) // (COLUMNS * PARTS * SPLITS)
+    num_steps: ttgl.constexpr = STEPS
     boxes: ttgl.constexpr = TILE_ROWS // BOX_ROWS
     box_bytes: ttgl.constexpr = BOX_ROWS * COLUMNS * 2
     stage_bytes: ttgl.constexpr = PARTS * (box_bytes * (2 if DISTANCE > 0 else 1) + TOKENS * COLUMNS * 2)
-    block = ttgl.program_id(0)
-    first_step = ttgl.program_id(1) * num_steps
+    if TOKENS <= 64:
+        first_token = 0
+        block = ttgl.program_id(0)
+        meeting = block
+        split_number = ttgl.program_id(1)
+    else:
+        first_token = ttgl.program_id(0) * TOKENS
+        block = ttgl.program_id(1)
+        meeting = ttgl.program_id(0) * ttgl.num_programs(1) + block
+        split_number = ttgl.program_id(2)
+    first_step = split_number * num_steps
     row = block * BOX_ROWS
     if HEAD_DIM > 0:
         ttgl.static_assert(DISTANCE % BOX_ROWS == 0)
@@ -321,13 +344,14 @@ def tiles_kernel(
         "fence.proxy.async.global; // dummy $0", "=r", [], dtype=ttgl.int32, is_pure=False, pack=1
     )
     for stage in ttgl.static_range(STAGES):
-        _request_tokens(x, token_ring, barriers.index(stage), stage, first_step + stage, True, PARTS)
+        _request_tokens(x, token_ring, barriers.index(stage), stage, first_token, first_step + stage, True, PARTS)
     if HEAD_DIM > 0:
         turns = _load_turns(
             positions,
             kv_indices,
             table,
             num_tokens,
+            first_token,
             first_column,
             TILE_ROWS,
             TOKENS,
@@ -355,7 +379,7 @@ def tiles_kernel(
         mbarrier.expect(barrier, stage_bytes, is_wanted)
         next_step += first_step
         _request_weight(weight, ring, barrier, freed, row, next_step, is_wanted, TILE_ROWS, BOX_ROWS, PARTS, DISTANCE)
-        _request_tokens(x, token_ring, barrier, freed, next_step, is_wanted, PARTS)
+        _request_tokens(x, token_ring, barrier, freed, first_token, next_step, is_wanted, PARTS)
         is_last = stage == STAGES - 1
         stage = ttgl.where(is_last, 0, stage + 1)
         phase = phase ^ is_last.to(ttgl.int32)
@@ -370,16 +394,16 @@ def tiles_kernel(
         local = ttgl.arange(0, TILE_ROWS, layout=ttgl.SliceLayout(1, layout))[:, None]
         token = ttgl.arange(0, TOKENS, layout=ttgl.SliceLayout(0, layout))[None, :]
         size: ttgl.constexpr = TILE_ROWS * TOKENS
-        mine = partials + block * (SPLITS * size) + local * TOKENS + token
-        ttgl.store(mine + ttgl.program_id(1) * size, product)
+        mine = partials + meeting * (SPLITS * size) + local * TOKENS + token
+        ttgl.store(mine + split_number * size, product)
         ttgl.thread_barrier()
-        is_last_one = ttgl.atomic_add(arrivals + block, 1, sem="acq_rel") == SPLITS - 1
+        is_last_one = ttgl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == SPLITS - 1
     if is_last_one:
         if SPLITS > 1:
             product = ttgl.load(mine, cache_modifier=".cg")
             for split in range(1, SPLITS):  # rolled up: all parts at once would take too many registers
                 product += ttgl.load(mine + split * size, cache_modifier=".cg")
-            ttgl.store(arrivals + block, 0)
+            ttgl.store(arrivals + meeting, 0)
         if HEAD_DIM > 0:
             _store_heads(
                 out,
@@ -389,6 +413,7 @@ def tiles_kernel(
                 bias,
                 turns,
                 num_tokens,
+                first_token,
                 head,
                 first_column,
                 N,
@@ -398,4 +423,6 @@ def tiles_kernel(
                 num_warps,
             )
         else:
-            _store_product(out, product, bias, residual, num_tokens, row, N, BOX_ROWS, ACTIVATION, num_warps)
+            _store_product(
+                out, product, bias, residual, num_tokens, first_token, row, N, BOX_ROWS, ACTIVATION, num_warps
+            )

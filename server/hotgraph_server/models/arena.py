@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hotgraph_server.kernels.tile_rows import SplitRoom, runs_on
+from hotgraph_server.kernels.invariant_rows import MAX_SPLITS as INVARIANT_SPLITS
+from hotgraph_server.kernels.invariant_rows import padded_rows
+from hotgraph_server.kernels.tile_rows import MAX_ROWS, MAX_SPLITS, SplitRoom, runs_on
 from hotgraph_server.models.shape import DecoderShape
 
 
@@ -33,9 +35,19 @@ class DecoderArena:
     """An `Arena` (see models/interface.py) for steps of up to `max_tokens` tokens and `max_rows` rows."""
 
     def __init__(
-        self, shape: DecoderShape, *, max_tokens: int, max_rows: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: DecoderShape,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_invariant: bool = False,
     ) -> None:
-        """Raises RuntimeError when the device lacks the memory."""
+        """is_invariant: for `InvariantLayers`, which split sums in steps of all sizes.
+
+        Raises RuntimeError when the device lacks the memory.
+        """
         # The last layer goes on with one token a row, and padding rows may outnumber the tokens.
         capacity = max(max_tokens, max_rows)
 
@@ -54,7 +66,10 @@ class DecoderArena:
         self._last_attended = room(max_rows, shape.num_heads, shape.head_dim)
         self._logits = room(max_rows, shape.vocabulary_size, dtype=torch.float32)
         # Of this arena alone: those of live steps and of what runs apart are used at the same time.
-        self._split_room = SplitRoom.for_outputs(shape.hidden_size, device) if runs_on(device) else None
+        self._split_room: SplitRoom | None = None
+        if runs_on(device):
+            num_rows, splits = (padded_rows(capacity), INVARIANT_SPLITS) if is_invariant else (MAX_ROWS, MAX_SPLITS)
+            self._split_room = SplitRoom.for_outputs(shape.hidden_size, device, splits=splits, num_rows=num_rows)
 
     @property
     def num_bytes(self) -> int:

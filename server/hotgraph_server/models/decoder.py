@@ -21,6 +21,7 @@ from hotgraph_server.models import few_rows_layers, tile_rows_layers
 from hotgraph_server.models.arena import Activations, DecoderArena
 from hotgraph_server.models.few_rows_layers import FewRowsLayers
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
+from hotgraph_server.models.invariant_layers import InvariantLayers
 from hotgraph_server.models.layers import Layer, LayerInputs, Layers
 from hotgraph_server.models.rotary import rotary
 from hotgraph_server.models.shape import Config, DecoderShape
@@ -42,6 +43,7 @@ class Decoder:
         *,
         fuses_few_rows: bool | None = None,
         tunings: TuningTable = NO_TUNINGS,
+        batch_invariant: bool = False,
     ) -> None:
         shape = layers.shape
         self.architecture = shape.architecture
@@ -64,13 +66,16 @@ class Decoder:
         self._shape = shape
         self._layers = layers
         self._few_rows_layers: FewRowsLayers | None = None
-        if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
-            self._few_rows_layers = FewRowsLayers(layers, rope_table.shape[1], tunings)
         self._tile_rows_layers: TileRowsLayers | None = None
-        if TileRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
-            self._tile_rows_layers = TileRowsLayers(layers, rope_table.shape[1])
         self._embedding = embedding
         self._rope_table = rope_table
+        if batch_invariant:
+            self._layers = InvariantLayers(layers, rope_table.shape[1])
+            return
+        if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
+            self._few_rows_layers = FewRowsLayers(layers, rope_table.shape[1], tunings)
+        if TileRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
+            self._tile_rows_layers = TileRowsLayers(layers, rope_table.shape[1])
 
     @property
     def is_capturable(self) -> bool:
@@ -97,13 +102,16 @@ class Decoder:
         max_context: int | None = None,
         fuses_few_rows: bool | None = None,
         tunings: TuningTable = NO_TUNINGS,
+        batch_invariant: bool = False,
     ) -> Decoder:
         """Takes the weights by their transformers names and keeps copies. `weights` may read lazily.
 
         fuses_few_rows: whether short steps go through `FewRowsLayers` and `TileRowsLayers`; None: where it is faster. On the
         CPU, for tests, that takes weights which are not packed. tunings: how the products of the shortest steps are cut up, for
-        good.
-        Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape.
+        good. batch_invariant: every step goes through `InvariantLayers`; with fuses_few_rows on the CPU, too, where it is for
+        tests and promises nothing.
+        Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape; and when
+        the model cannot be batch-invariant and has to be.
         """
         shape = DecoderShape.from_config(config)
         turn = rotary(config, shape, max_context)
@@ -112,13 +120,21 @@ class Decoder:
                 rotary_table(turn.inverse_frequencies.to(device), turn.scaling, turn.context_length),
                 fuses_few_rows,
                 tunings,
+                batch_invariant,
             )
 
     def arena(self, max_tokens: int, max_rows: int) -> DecoderArena | None:
         """See `Model.arena`. None on the CPU, where a matrix product chooses its own layout."""
         if self.device.type == "cpu":
             return None
-        return DecoderArena(self._shape, max_tokens=max_tokens, max_rows=max_rows, dtype=self.dtype, device=self.device)
+        return DecoderArena(
+            self._shape,
+            max_tokens=max_tokens,
+            max_rows=max_rows,
+            dtype=self.dtype,
+            device=self.device,
+            is_invariant=self._layers.is_invariant,
+        )
 
     @torch.inference_mode()
     def forward(
@@ -185,7 +201,9 @@ class _Builder:
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # elements of each weight taken
 
-    def build(self, rope_table: torch.Tensor, fuses_few_rows: bool | None, tunings: TuningTable) -> Decoder:
+    def build(
+        self, rope_table: torch.Tensor, fuses_few_rows: bool | None, tunings: TuningTable, batch_invariant: bool
+    ) -> Decoder:
         """The decoder; the weights it was made of may go. Raises ModelLoadError."""
         shape = self._shape
         embedding = self._vector("model.embed_tokens.weight", shape.vocabulary_size, shape.hidden_size)
@@ -196,13 +214,17 @@ class _Builder:
             layers = list(executor.map(self._layer, range(shape.num_layers)))
         norm = self._vector("model.norm.weight", shape.hidden_size).mul_(head.result().scale)
         self._check_leftovers()
+        plain = Layers(shape, layers, norm, head.result())
+        if batch_invariant and not fuses_few_rows and (fault := InvariantLayers.fault(plain)):
+            raise ModelLoadError(f"model.batch_invariant {fault}")
         return Decoder(
-            Layers(shape, layers, norm, head.result()),
+            plain,
             embedding,
             rope_table,
             sum(self._sizes.values()),
             fuses_few_rows=fuses_few_rows,
             tunings=tunings,
+            batch_invariant=batch_invariant,
         )
 
     @torch.inference_mode()  # a mode of the thread, so each worker enters it

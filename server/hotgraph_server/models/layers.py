@@ -61,6 +61,8 @@ class Layers:
     layer the caller may leave tokens out, and `at` may change with them.
     """
 
+    is_invariant = False  # whether a token's bits depend on no other row: see `invariant_layers.py`
+
     def __init__(self, shape: DecoderShape, layers: Sequence[Layer], norm: torch.Tensor, head: Linear) -> None:
         """norm: the last one's weight, [hidden]; head: to the vocabulary."""
         self.shape = shape
@@ -89,6 +91,7 @@ class Layers:
             window=self.layers[index].window,
             out=at.attended,
             pdl=self._pdl,  # in steps of all sizes: its kernels are as many then as without
+            is_invariant=self.is_invariant,
         )
 
     def _queries(self, index: int, x: torch.Tensor, inputs: LayerInputs, at: Activations) -> torch.Tensor:

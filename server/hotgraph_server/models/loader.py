@@ -224,8 +224,11 @@ def _make_model(
                 dtype=dtype,
                 device=device,
                 max_context=max_context,
-                tunings=load_tunings(settings.tuning, device),
+                tunings=load_tunings("off" if settings.batch_invariant else settings.tuning, device),
+                batch_invariant=settings.batch_invariant,
             )
+        if settings.batch_invariant:
+            raise ModelLoadError(f"{path}: model.batch_invariant needs a model that the lean decoder runs")
         from hotgraph_server.models.bridge import Bridge
 
         assert not isinstance(config, PlainConfig), "what the decoder knows it runs"

@@ -6,6 +6,8 @@ what one hands to the next is the sum itself; both norms of a layer have small k
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hotgraph_server.kernels.tile_rows import (
@@ -57,7 +59,7 @@ class TileRowsLayers(Layers):
         layer, linear = self.layers[index], _dense(self.layers[index].qkv)
         if not self._fuses_rope:
             return self._turned(index, self._normed_product(linear, x, layer.attention_norm, at.qkv, at), inputs, at)
-        return tile_rows_qkv(
+        return self._qkv(
             x,
             linear.weight,
             inputs.rope,
@@ -98,7 +100,7 @@ class TileRowsLayers(Layers):
         at: Activations,
         activation: str | None = None,
     ) -> torch.Tensor:
-        return tile_rows_linear(
+        return self._linear(
             x,
             _dense(linear).weight,
             out,
@@ -111,7 +113,7 @@ class TileRowsLayers(Layers):
         )
 
     def _add_product(self, linear: Linear, x: torch.Tensor, hidden: torch.Tensor, at: Activations) -> None:
-        tile_rows_linear(
+        self._linear(
             x,
             _dense(linear).weight,
             hidden,
@@ -120,6 +122,12 @@ class TileRowsLayers(Layers):
             split_room=at.split_room,
             pdl=self._pdl,
         )
+
+    def _linear(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return tile_rows_linear(*arguments, **options)
+
+    def _qkv(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return tile_rows_qkv(*arguments, **options)
 
 
 def _dense(linear: Linear) -> DenseLinear:

@@ -344,6 +344,15 @@ def test_runner_can_be_forced(tmp_path: Path) -> None:
         load_model(_settings(gpt2, runner="decoder"))
 
 
+def test_batch_invariant_is_an_error_where_it_cannot_be(tmp_path: Path) -> None:
+    """On the CPU, and for models of the bridge, loading fails and says why."""
+    folder = tiny_models.write_llama(tmp_path / "llama")
+    with pytest.raises(ModelLoadError, match=r"model\.batch_invariant needs an NVIDIA GPU of compute capability 9"):
+        load_model(_settings(folder, batch_invariant=True))
+    with pytest.raises(ModelLoadError, match=r"model\.batch_invariant needs a model that the lean decoder runs"):
+        load_model(_settings(folder, runner="bridge", batch_invariant=True))
+
+
 def _write_gpt2(folder: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
