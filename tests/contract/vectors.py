@@ -216,8 +216,8 @@ def _signed(seed: int, is_limit: bool, index: int) -> int:
 
 
 def _float32(seed: int, is_limit: bool, index: int) -> float:
-    if is_limit:  # near the largest (some read no JSON of the very largest), the least above zero, infinity
-        return (3.3999999521443642e38, 1.401298464324817e-45, float("-inf"))[(seed + index) % 3]
+    if is_limit:  # near the largest (some read no JSON of the very largest), the least normal one, infinity
+        return (3.3999999521443642e38, 1.1754943508222875e-38, float("-inf"))[(seed + index) % 3]
     rounded: float = struct.unpack("<f", struct.pack("<f", (seed % 20001 - 10000) / 1000 or 0.1))[0]
     return rounded
 
