@@ -15,10 +15,11 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos fmt check contract test test-clients test-gpu bench bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-go vectors fmt check contract test test-clients test-client-python test-client-go \
+	check-go test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.server ## set everything up, start the daemon, chat with a real model, stop it
 	@$(BIN)/hotgraph demo
@@ -27,6 +28,12 @@ install: $(VENV)/.dev ## set up .venv with the package, its stubs and all tools
 
 protos: $(VENV)/.dev ## generate the Python stubs again after an edit of protos/
 	@$(BIN)/python hatch_build.py
+
+protos-go: $(VENV)/.dev ## generate the Go stubs, which are committed, again after an edit of protos/
+	@clients/go/generate.sh
+
+vectors: $(VENV)/.dev protos ## make the golden wire vectors of tests/contract again after an edit of protos/
+	@$(BIN)/python -m tests.contract.vectors
 
 fmt: $(VENV)/.dev ## format the code and the protos
 	@$(BIN)/ruff check --fix-only --quiet $(CODE)
@@ -50,8 +57,24 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 	@tests/smoke/install_grpcurl.sh
 	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGUMENTS)
 
-test-clients: $(VENV)/.dev protos ## the clients against the real daemon
+# A language's test command, run by tests/interop against real daemons. INTEROP_FLAGS=--record keeps what passed.
+INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
+INTEROP_PYTHON := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
+INTEROP_GO := "go=clients/go/test.sh"
+
+test-clients: $(VENV)/.dev protos check-go ## the clients of all languages against real daemons with a real model
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
+	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO)
+
+test-client-python: $(VENV)/.dev protos ## the Python client alone
+	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
+	$(INTEROP) $(INTEROP_PYTHON)
+
+test-client-go: $(VENV)/.dev protos check-go ## the Go client alone
+	$(INTEROP) $(INTEROP_GO)
+
+check-go: $(VENV)/.dev
+	@clients/go/generate.sh --check
 
 test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)

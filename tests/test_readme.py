@@ -64,7 +64,17 @@ def test_measured_figures_come_from_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "graphcache/README.md", "clients/python/README.md", "docs/paper.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "graphcache/README.md",
+        "clients/python/README.md",
+        "clients/go/README.md",
+        "docs/clients.md",
+        "docs/paper.md",
+        "tests/interop/README.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     """Every relative link of the page is a file or folder of the repository."""

@@ -10,13 +10,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from tests.interop.harness import Harness, serving
 from tests.interop.results import CASES, read_report, update_page
+
+
+def run_until_stopped(main: Coroutine[Any, Any, bool]) -> bool:
+    """Runs it; a signal cancels it, so that all that it started ends too. Raises CancelledError then."""
+
+    async def run() -> bool:
+        task = asyncio.ensure_future(main)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await task
+
+    return asyncio.run(run())
 
 
 async def test(commands: dict[str, list[str]], *, is_recorded: bool) -> bool:
@@ -51,12 +66,12 @@ async def test_one(harness: Harness, language: str, command: list[str], *, is_re
     return status == 0 and not missing
 
 
-async def serve() -> None:
+async def serve() -> bool:
     """Until it is interrupted."""
     with tempfile.TemporaryDirectory(prefix="hg") as path:
         async with serving(Path(path)) as harness:
             print(f"export HOTGRAPH_INTEROP={harness.addresses}", flush=True)
-            await asyncio.Event().wait()
+            return await asyncio.Event().wait()
 
 
 def main() -> int:
@@ -70,16 +85,13 @@ def main() -> int:
     for test_argument in arguments.tests:
         name, _, command = test_argument.partition("=")
         commands[name] = shlex.split(command)
+    is_serving = arguments.tests == ["serve"]
+    if not is_serving and not all(commands.values()):
+        parser.error("say NAME=COMMAND for each language")
     try:
-        if arguments.tests == ["serve"]:
-            asyncio.run(serve())
-        elif not all(commands.values()):
-            parser.error("say NAME=COMMAND for each language")
-        else:
-            return 0 if asyncio.run(test(commands, is_recorded=arguments.record)) else 1
-    except KeyboardInterrupt:
+        return 0 if run_until_stopped(serve() if is_serving else test(commands, is_recorded=arguments.record)) else 1
+    except asyncio.CancelledError:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Unix socket that passes bytes on to the first daemon that is there, and that may cut every other connection."""
+"""A Unix socket that passes bytes on to the first daemon that is there, and that may cut each connection after a while."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ CHUNK_BYTES = 1024
 class Relay:
     """`upstreams` are sockets, tried in this order for each connection.
 
-    With cut_after_bytes the first, third, ... connection is cut, in the middle of whatever it is, once the server has sent so
-    many bytes on it; the ones between are whole.
+    With cut_after_bytes each connection is cut, in the middle of whatever it is, once the server has sent so many bytes on it.
     """
 
     def __init__(self, path: Path, upstreams: Sequence[Path], cut_after_bytes: int | None = None) -> None:
@@ -22,7 +21,6 @@ class Relay:
         self._path = path
         self._upstreams = upstreams
         self._cut_after_bytes = cut_after_bytes
-        self._num_connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -42,11 +40,7 @@ class Relay:
             writer.transport.abort()
             return
         up_reader, up_writer = upstream
-        limit = None
-        if self._cut_after_bytes is not None:
-            self._num_connections += 1
-            limit = self._cut_after_bytes if self._num_connections % 2 else None
-        for source, sink, max_bytes in ((reader, up_writer, None), (up_reader, writer, limit)):
+        for source, sink, max_bytes in ((reader, up_writer, None), (up_reader, writer, self._cut_after_bytes)):
             task = asyncio.create_task(_pass(source, sink, max_bytes))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
