@@ -15,8 +15,8 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-go vectors fmt check contract test test-clients test-client-python test-client-go \
-	check-go test-gpu bench bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-go vectors fmt check contract test test-clients test-interop test-client-python \
+	test-client-go check-go test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +62,11 @@ INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
 INTEROP_PYTHON := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
 INTEROP_GO := "go=clients/go/test.sh"
 
-test-clients: $(VENV)/.dev protos check-go ## the clients of all languages against real daemons with a real model
+test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
+	$(MAKE) test-interop
+
+test-interop: $(VENV)/.dev protos check-go ## the clients of all languages against real daemons with a real model
 	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO)
 
 test-client-python: $(VENV)/.dev protos ## the Python client alone

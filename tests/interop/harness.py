@@ -64,7 +64,7 @@ class SupervisedDaemon:
         return text
 
     async def _start(self) -> None:
-        command = [sys.executable, "-m", "hotgraph_server.cli", "serve", "--model", MODEL, "--log-format", "json"]
+        command = [sys.executable, "-m", "hotgraph_server.cli", "serve", "--model", MODEL, "--num-threads", "1"]
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command, "--listen", self.target, *self._flags, stdin=subprocess.DEVNULL, stdout=log, stderr=log
