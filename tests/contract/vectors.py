@@ -1,17 +1,17 @@
 """Golden wire vectors: messages of the contract in binary and canonical JSON, for the tests of every client language.
 
 They are made of the descriptors alone, the same on every machine: `python -m tests.contract.vectors` (`make vectors`)
-writes them to `vectors/`, and `vectors/index.json` lists them. A field that is added to the contract changes the vectors of
-its message and no others. It knows nothing of what the fields mean, so that most of these messages would be refused as
-requests.
+writes them to `vectors.json`, a list of objects: name, type (of the message), binary (base64) and json (its text). A field
+that is added to the contract changes the vectors of its message and no others. It knows nothing of what the fields mean,
+so that most of these messages would be refused as requests.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +32,7 @@ from hotgraph.v1 import (
     model_pb2,
 )
 
-FOLDER = Path(__file__).resolve().parent / "vectors"
-INDEX = "index.json"
+FILE = Path(__file__).resolve().parent / "vectors.json"
 FILES = (
     admin_service_pb2,
     error_reason_pb2,
@@ -59,7 +58,7 @@ Value = Any
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """A message and its name, which is its files' name too."""
+    """A message and its name."""
 
     name: str
     message: Message
@@ -262,26 +261,20 @@ def _snake(name: str) -> str:
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 
-def write(folder: Path) -> int:
-    """Writes all vectors and the index into the folder, which holds nothing else afterwards. Their number."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    made = vectors()
-    index = [
+def write(path: Path) -> int:
+    """Writes all vectors into the file. Their number."""
+    made = [
         {
             "name": vector.name,
             "type": vector.message.DESCRIPTOR.full_name,
-            "binary": f"{vector.name}.binpb",
-            "json": f"{vector.name}.json",
+            "binary": b64encode(vector.binary).decode(),
+            "json": vector.json,
         }
-        for vector in made
+        for vector in vectors()
     ]
-    for vector in made:
-        (folder / f"{vector.name}.binpb").write_bytes(vector.binary)
-        (folder / f"{vector.name}.json").write_text(vector.json, encoding="utf-8")
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(made)
 
 
 if __name__ == "__main__":
-    print(f"{write(FOLDER)} vectors in {FOLDER}")
+    print(f"{write(FILE)} vectors in {FILE}")

@@ -140,6 +140,6 @@ async def serving(folder: Path) -> AsyncIterator[Harness]:
             "mutual_tls": gateway.mutual_tls,
             "handover": {"target": handover.target, "drained": drained.target},
             "cut": cut.target,
-            "vectors": str(ROOT / "tests" / "contract" / "vectors"),
+            "vectors": str(ROOT / "tests" / "contract" / "vectors.json"),
         }
         yield Harness(folder, [main, drained], addresses)
