@@ -67,6 +67,10 @@ class ServerSettings(Section):
     listen: Annotated[
         tuple[str, ...], Field(min_length=1, description="Addresses: unix:PATH or HOST:PORT, port 0 for any.")
     ] = ("unix:hotgraph.sock",)
+    socket_access: Annotated[
+        Literal["auto", "owner", "group"],
+        Field(description="Who may connect to a Unix socket. auto: its group, too, where the umask says so."),
+    ] = "auto"
     max_message_bytes: Annotated[int, Field(ge=64 * 1024, le=256 * MIB, description="One message, either way.")] = (
         4 * MIB
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import gc
 import json
 import logging
@@ -26,15 +27,19 @@ from hotgraph_server.engine.interface import Engine
 from hotgraph_server.errors import (
     AddressInUseError,
     DrainingError,
+    EngineFailedError,
     HotgraphError,
     ModelLoadError,
     NotPossibleError,
     SettingsError,
 )
+from hotgraph_server.reloading import reload_settings
 from hotgraph_server.rpc import TRANSITIONS, DaemonState, Lifecycle, RpcServer, ServedModel
 from hotgraph_server.rpc.graph import fitting_profile
 from hotgraph_server.rpc.watch import EventHub
-from hotgraph_server.scheduler import Scheduler
+from hotgraph_server.scheduler import Scheduler, self_test
+from hotgraph_server.supervision import Supervision
+from hotgraph_server.systemd import Notifier
 from hotgraph_server.text import ByteTokenizer, Tokenizer
 from hotgraph_server.threads import in_daemon_thread, run_event_loop
 
@@ -48,6 +53,8 @@ RETRY_SECONDS: Final = 1.0
 LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once everything ended
 CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
+EXIT_SECONDS: Final = 5.0  # from the end of the daemon to that of the process
+END_SECONDS: Final = LAST_WORDS_SECONDS + CONNECTION_GRACE_SECONDS + CLOSE_SECONDS + EXIT_SECONDS  # after the grace
 PROFILE_ENTRIES: Final = 1000
 
 
@@ -65,6 +72,7 @@ EXIT_STATUSES: Final[dict[type[HotgraphError], ExitStatus]] = {
     ModelLoadError: ExitStatus.CONFIGURATION,
     AddressInUseError: ExitStatus.UNAVAILABLE,
     NotPossibleError: ExitStatus.UNAVAILABLE,
+    EngineFailedError: ExitStatus.FAILED,
 }
 
 
@@ -78,6 +86,7 @@ class Parts:
 
 
 BuildParts = Callable[[Settings, Clock], Awaitable[Parts]]
+LoadSettings = Callable[[], Settings]
 
 
 async def build_parts(settings: Settings, clock: Clock) -> Parts:
@@ -133,11 +142,34 @@ class Daemon:
     `run` is the whole life; `start`, `load`, `drain` and `stop` are its verbs, for whoever embeds it.
     """
 
-    def __init__(self, settings: Settings, *, build: BuildParts = build_parts, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        build: BuildParts = build_parts,
+        clock: Clock | None = None,
+        notifier: Notifier | None = None,
+        tests_itself: bool = False,
+    ) -> None:
+        """`notifier`: the service manager, which is told of everything it should know; by default there is none.
+
+        `tests_itself`: a few tokens are generated before anyone hears that the daemon serves.
+        """
         self.settings = settings
         self.lifecycle = Lifecycle()
         self._build = build
         self._clock = clock or SystemClock()
+        self._tests_itself = tests_itself
+        self._doing = ""  # while it starts
+        self._remark = ""  # of the last reload, when there is something to do about it
+        self._reloads = asyncio.Lock()
+        self._supervision = Supervision(
+            notifier or Notifier(),
+            self.lifecycle,
+            clock=self._clock,
+            describe=self.describe,
+            engine_moved_at=lambda: None if self._scheduler is None else self._scheduler.engine_moved_at,
+        )
         self._rpc = RpcServer(settings, self.lifecycle, clock=self._clock, drain=self.drain)
         self._engine: Engine | None = None
         self._scheduler: Scheduler | None = None
@@ -161,25 +193,32 @@ class Daemon:
 
         Raises AddressInUseError or SettingsError.
         """
+        self._supervision.start()
         await self._rpc.start()
         logger.info("listening on %s", ", ".join(self.addresses))
 
     async def load(self) -> None:
-        """Loads the model and serves it. Raises ModelLoadError, NotPossibleError or SettingsError."""
+        """Loads the model and serves it. Raises ModelLoadError, NotPossibleError, SettingsError or EngineFailedError."""
         begin_seconds = self._clock.monotonic()
+        self._doing = f"loading {self.settings.model.source}"
         parts = await self._build(self.settings, self._clock)
         self._engine = parts.engine
+        self._doing = f"starting the engine for {parts.model_id}"
         await parts.engine.start()
         scheduler = Scheduler(parts.engine, parts.tokenizer, self.settings.scheduler, clock=self._clock)
         scheduler.on_failure = self._on_failure
         await scheduler.start()
         self._scheduler = scheduler
+        if self._tests_itself:
+            self._doing = f"testing {parts.model_id}"
+            await self_test(scheduler, parts.tokenizer)
         served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
         self._import_profile(served)
         gc.freeze()  # model and libraries are here to stay: no collection has to walk through them
         self.lifecycle.serve(served)
         hub = self._rpc.open(served)
         self._warmth = asyncio.get_running_loop().create_task(self._watch_warmth(served, hub), name="warmth")
+        self._supervision.ready()
         logger.info("serving %s after %.1f s", parts.model_id, self._clock.monotonic() - begin_seconds)
 
     async def run(self) -> ExitStatus:
@@ -212,6 +251,7 @@ class Daemon:
             self.lifecycle.move(DaemonState.DRAINING)
             if self._scheduler is not None:
                 self._scheduler.drain()
+            self._supervision.stopping(grace_seconds + END_SECONDS)
             logger.info("draining, for %.1f s at most", grace_seconds)
         if self._grace is not None:
             self._grace.reschedule(self._grace_end)
@@ -222,6 +262,50 @@ class Daemon:
         """SIGTERM or SIGINT came: the first drains, the second ends what runs at once."""
         self._num_signals += 1
         self.drain(None if self._num_signals == 1 else 0.0)
+
+    async def reload(self, load: LoadSettings) -> None:
+        """Takes over what may change of the settings that `load` reads; it is called on a thread of its own.
+
+        What `load` raises as SettingsError is logged, and everything stays as it was. Without effect once it drains.
+        """
+        async with self._reloads:
+            was_serving = self.lifecycle.state is DaemonState.SERVING
+            if was_serving:
+                self._supervision.reloading()
+            try:
+                self._apply(await in_daemon_thread(load, name="hotgraph-reload"))
+            except SettingsError as error:
+                logger.error("reload refused, nothing has changed: %s", error.message)
+                self._remark = f"reload refused: {error.message}"
+            finally:
+                if was_serving and self.lifecycle.state is DaemonState.SERVING:
+                    self._supervision.ready()
+
+    def _apply(self, wanted: Settings) -> None:
+        reload = reload_settings(self.settings, wanted)
+        self.settings = reload.settings
+        self._rpc.apply(reload.settings)
+        if self._scheduler is not None:
+            self._scheduler.apply(reload.settings.scheduler)
+        logger.info("reloaded: %s", ", ".join(reload.changed) or "nothing has changed")
+        self._remark = f"a restart would change {', '.join(reload.waiting)}" if reload.waiting else ""
+        if self._remark:
+            logger.warning("%s", self._remark)
+
+    def describe(self) -> str:
+        """What it does now, in one line for people."""
+        lifecycle, scheduler = self.lifecycle, self._scheduler
+        if lifecycle.failure is not None:
+            return f"failed: {lifecycle.failure.message}"
+        if lifecycle.state is DaemonState.STARTING:
+            return self._doing or "starting"
+        if lifecycle.state is DaemonState.DRAINING:
+            return f"draining: {0 if scheduler is None else scheduler.num_requests} requests to finish"
+        if lifecycle.state is DaemonState.STOPPED or lifecycle.served is None or scheduler is None:
+            return "stopped"
+        status = scheduler.status()
+        text = f"serving {lifecycle.served.model_id}: {status.num_running} running, {status.num_waiting} waiting"
+        return f"{text}; {self._remark}" if self._remark else text
 
     async def stop(self) -> None:
         """Ends everything that is left, in order, and exports the profile. May be called in any state, and again."""
@@ -242,6 +326,7 @@ class Daemon:
             await asyncio.wait_for(self._rpc.wait_idle(), LAST_WORDS_SECONDS)
         await self._rpc.stop(CONNECTION_GRACE_SECONDS)
         await self._close_engine()
+        await self._supervision.stop()
         logger.info("stopped")
 
     # The parts of a life.
@@ -276,6 +361,7 @@ class Daemon:
         """The engine is beyond use. The scheduler ends its requests; the process ends with a status that restarts it."""
         logger.critical("the engine failed: %s", error.message)
         self.lifecycle.fail(error)
+        self._supervision.stopping(END_SECONDS)
         self._rpc.set_not_serving()
         self._told.set()
 
@@ -341,23 +427,45 @@ def _write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-async def serve(settings: Settings, *, build: BuildParts = build_parts) -> int:
-    """Runs a daemon until it is told to end; SIGTERM and SIGINT drain it. Returns the exit status of the process."""
+async def serve(
+    settings: Settings,
+    *,
+    build: BuildParts = build_parts,
+    load: LoadSettings | None = None,
+    notifier: Notifier | None = None,
+) -> int:
+    """Runs a daemon until it is told to end; SIGTERM and SIGINT drain it. Returns the exit status of the process.
+
+    `load` reads the settings again, for SIGHUP; it may raise SettingsError. `notifier` is by default what the environment
+    says.
+    """
     loop = asyncio.get_running_loop()
-    daemon = Daemon(settings, build=build)
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, daemon.on_signal)
+    notifier = Notifier.from_environment() if notifier is None else notifier
+    daemon = Daemon(settings, build=build, notifier=notifier, tests_itself=True)
+    reloads: set[asyncio.Task[None]] = set()  # or they could be collected half way
+
+    def on_hangup() -> None:
+        if load is None:
+            logger.warning("SIGHUP: there are no settings to read again")
+            return
+        reloads.add(task := loop.create_task(daemon.reload(load), name="reload"))
+        task.add_done_callback(reloads.discard)
+
+    handlers = {signal.SIGTERM: daemon.on_signal, signal.SIGINT: daemon.on_signal, signal.SIGHUP: on_hangup}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         return await daemon.run()
     except tuple(EXIT_STATUSES) as error:
         logger.error("%s", error.message)
+        notifier.failed(error.message, errno.EADDRINUSE if isinstance(error, AddressInUseError) else None)
         return next(status for kind, status in EXIT_STATUSES.items() if isinstance(error, kind))
     finally:
-        for number in signals:
+        for number in handlers:
             loop.remove_signal_handler(number)
+        notifier.close()
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, load: LoadSettings | None = None) -> int:
     """`serve` on an event loop of its own, which is the only one of the process that uses gRPC."""
-    return run_event_loop(serve(settings))
+    return run_event_loop(serve(settings, load=load))

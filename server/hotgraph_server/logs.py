@@ -135,6 +135,14 @@ def _renderers(is_json: bool, has_colors: bool) -> list[Processor]:
     return [structlog.dev.ConsoleRenderer(colors=has_colors, exception_formatter=plain, pad_event_to=0)]
 
 
+def set_level(name: str) -> None:
+    """The least level that is logged from now on, as the settings name it."""
+    root = logging.getLogger()
+    root.setLevel(name.upper())
+    for library, level in _QUIET_LIBRARIES.items():
+        logging.getLogger(library).setLevel(max(level, root.level))
+
+
 @contextlib.contextmanager
 def logging_to(settings: LoggingSettings, stream: TextIO | None = None) -> Iterator[None]:
     """Logging as `settings` say, to `stream` (default: standard error), until the context ends.
@@ -156,9 +164,7 @@ def logging_to(settings: LoggingSettings, stream: TextIO | None = None) -> Itera
     root = logging.getLogger()
     before = (root.handlers[:], root.level, {name: logging.getLogger(name).level for name in _QUIET_LIBRARIES})
     root.handlers[:] = [handler]
-    root.setLevel(settings.level.upper())
-    for name, level in _QUIET_LIBRARIES.items():
-        logging.getLogger(name).setLevel(max(level, root.level))
+    set_level(settings.level)
     logging.captureWarnings(True)
     structlog.configure(
         processors=[

@@ -28,7 +28,8 @@ def _run(config: Path | None, print_config: bool, as_json: bool, **flags: Any) -
     brackets after each flag. Flags win over the environment, that over the file. Sizes may be written 512MiB or 2GiB,
     times 500ms, 30s or 10min.
     """
-    loaded = load_settings(flags={path.replace("__", "."): value for path, value in flags.items()}, file=config)
+    named = {path.replace("__", "."): value for path, value in flags.items()}
+    loaded = load_settings(flags=named, file=config)
     if print_config:
         if as_json:
             print_json(to_json(loaded))
@@ -36,18 +37,27 @@ def _run(config: Path | None, print_config: bool, as_json: bool, **flags: Any) -
             sys.stdout.write(to_toml(loaded))
         return
     require_server("hotgraph serve")
-    status = run_daemon(loaded)
+    status = run_daemon(loaded, load=lambda: load_settings(flags=named, file=config))
     if status:
         raise typer.Exit(status)
 
 
-def run_daemon(loaded: LoadedSettings) -> int:
-    """Runs the daemon in this process until it ends, with logging set up. Returns its exit status."""
+def run_daemon(loaded: LoadedSettings, *, load: Callable[[], LoadedSettings] | None = None) -> int:
+    """Runs the daemon in this process until it ends, with logging set up. Returns its exit status.
+
+    `load` reads the settings again when SIGHUP comes; the log's level is one that may change.
+    """
     from hotgraph_server.daemon import run
-    from hotgraph_server.logs import logging_to
+    from hotgraph_server.logs import logging_to, set_level
+
+    def load_again() -> Settings:
+        assert load is not None
+        settings = load().settings
+        set_level(settings.logging.level)
+        return settings
 
     with logging_to(loaded.settings.logging):
-        return run(loaded.settings)
+        return run(loaded.settings, load=None if load is None else load_again)
 
 
 def _help(option: Option) -> str:

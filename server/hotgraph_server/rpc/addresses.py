@@ -152,15 +152,15 @@ class UnixSocketClaim:
 
 
 @contextmanager
-def private_umask() -> Iterator[None]:
-    """Sockets made inside are never for others; for the group only when the process's own umask allows it.
+def private_umask(access: str) -> Iterator[None]:
+    """Sockets made inside are never for others; for the group if `access` is "group", or "auto" and the umask allows it.
 
     The mode must be right at the moment of bind: a later chmod leaves a gap. The umask is the whole process's, so this is
     for the moment before any other thread makes files.
     """
     before = os.umask(0o077)
     try:
-        os.umask(before | 0o007)
+        os.umask({"auto": before | 0o007, "group": 0o007, "owner": 0o077}[access])
         yield
     finally:
         os.umask(before)

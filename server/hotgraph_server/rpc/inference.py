@@ -54,6 +54,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self._clock = clock
         self._text_threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="hotgraph-text")
 
+    def apply(self, settings: Settings) -> None:
+        """Takes over default_max_tokens, for requests to come."""
+        self._settings = settings
+
     def close(self) -> None:
         """Ends its threads; texts still waiting for them are dropped."""
         self._text_threads.shutdown(wait=False, cancel_futures=True)

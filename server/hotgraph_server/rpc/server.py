@@ -167,7 +167,7 @@ class RpcServer:
             claim = UnixSocketClaim(address)
             claim.acquire()
             self._claims.callback(claim.release)
-            with private_umask():
+            with private_umask(self._settings.server.socket_access):
                 if not self._add_port(address):
                     raise SettingsError(f"cannot listen on {address.path}")
             return str(address)
@@ -190,6 +190,10 @@ class RpcServer:
         hub = self._graph.open(served)
         self._health.set([OVERALL, *OUR_SERVICES], is_serving=True)
         return hub
+
+    def apply(self, settings: Settings) -> None:
+        """Takes over what a reload may change. Listeners and their options stay as they are."""
+        self._inference.apply(settings)
 
     def set_warm(self) -> None:
         """Health says that what was queued for capture at the start is captured."""

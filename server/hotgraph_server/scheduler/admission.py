@@ -22,6 +22,10 @@ class Admission:
         self._settings = settings
         self._sequence_seconds = 1.0  # moving average of the time a sequence holds its slot
 
+    def apply(self, settings: SchedulerSettings) -> None:
+        """Takes over max_waiting."""
+        self._settings = settings
+
     def check_fits(self, request: Request) -> None:
         """Raises ContextLengthError when prompt and completion exceed the context."""
         limit = self._engine.info.context_length

@@ -87,9 +87,14 @@ class Scheduler:
         self._task: asyncio.Task[None] | None = None
         self._is_draining = False
         self._failure: HotgraphError | None = None
-        self._counts = SchedulerStatus(
+        self._engine_moved_at = 0.0  # on the clock; of meaning while steps are in flight
+        self._counts = self._zero_counts()
+
+    def _zero_counts(self) -> SchedulerStatus:
+        info = self._engine.info
+        return SchedulerStatus(
             num_slots=info.num_slots,
-            max_waiting=settings.max_waiting,
+            max_waiting=self._settings.max_waiting,
             kv_cache=KvCacheStatus(
                 block_size=info.block_size, num_blocks=info.num_blocks - 1, size_bytes=info.kv_cache_bytes
             ),
@@ -176,10 +181,27 @@ class Scheduler:
         for ticket in list(self._tickets.values()):
             self._abort(ticket, error)
 
+    def apply(self, settings: SchedulerSettings) -> None:
+        """Takes over max_waiting, for requests to come. What else may differ was settled when the scheduler was made."""
+        self._settings = settings
+        self._admission.apply(settings)
+        self._counts.max_waiting = settings.max_waiting
+
+    def forget_counts(self) -> None:
+        """As if nothing had run yet: for a self-test, which is no request of anyone. Nothing may run or wait."""
+        assert not self._tickets
+        self._counts = self._zero_counts()
+        self._admission = Admission(self._engine, self._settings)
+
     @property
     def num_requests(self) -> int:
         """Requests that run or wait."""
         return len(self._tickets)
+
+    @property
+    def engine_moved_at(self) -> float | None:
+        """When the engine last took or gave back a step, on the clock; None while it has none."""
+        return self._engine_moved_at if self._in_flight else None
 
     def status(self) -> SchedulerStatus:
         """A snapshot of counts and fill."""
@@ -239,6 +261,8 @@ class Scheduler:
             if plan is None:
                 return
             now = self._clock.monotonic()
+            if not self._in_flight:
+                self._engine_moved_at = now
             for sequence in plan.sequences:
                 if sequence.ticket.first_step_time is None:
                     sequence.ticket.first_step_time = now
@@ -249,7 +273,7 @@ class Scheduler:
 
     def _retire(self, step: _InFlight) -> None:
         output = step.result.result()  # raises what the engine raised
-        now = self._clock.monotonic()
+        now = self._engine_moved_at = self._clock.monotonic()
         counts = self._counts
         failed = set(output.failed_rows)
         tickets = {id(sequence.ticket): sequence.ticket for sequence in step.plan.sequences}
