@@ -13,6 +13,7 @@ from hotgraph_server.cli.graphs import graphs
 from hotgraph_server.cli.lazy import RootGroup, lazy_command
 from hotgraph_server.cli.models import models
 from hotgraph_server.cli.status import drain, status
+from hotgraph_server.cli.systemd import systemd
 from hotgraph_server.cli.tune import tune
 from hotgraph_server.cli.versions import print_version, version
 
@@ -24,7 +25,7 @@ class Commands(RootGroup):
 
     order = (
         *("demo", "generate", "chat", "tokenize"),
-        *("serve", "status", "drain"),
+        *("serve", "status", "drain", "systemd"),
         *("model", "graphs", "tune"),
         *("bench", "version"),
     )
@@ -87,6 +88,7 @@ app.command(
 )(_serve)
 app.command("status", rich_help_panel=_RUN, epilog="Example: [bold]hotgraph status --watch[/bold]")(status)
 app.command("drain", rich_help_panel=_RUN, epilog="Example: [bold]hotgraph drain --grace 10s --wait[/bold]")(drain)
+app.add_typer(systemd, name="systemd", rich_help_panel=_RUN)
 app.add_typer(models, name="model", rich_help_panel=_CACHE)
 app.add_typer(graphs, name="graphs", rich_help_panel=_CACHE)
 app.command(
