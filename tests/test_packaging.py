@@ -21,6 +21,7 @@ from tests.smoke.daemon_process import Daemon, daemon
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parent.parent
+UNIT_FILES = "server/hotgraph_server/systemd/files"
 
 IMPORT_EVERYTHING = """
 import importlib, importlib.util, pkgutil, sys
@@ -146,6 +147,9 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         for path in folder.rglob("*.py")
     }
     assert sources <= names
+    units = {f"hotgraph_server/systemd/files/{path.name}" for path in (ROOT / UNIT_FILES).iterdir()}
+    assert len(units) > 5
+    assert units <= names
     required = metadata.get_all("Requires-Dist", [])
     needed = sorted(re.split(r"[<>=;\[ ]", line)[0] for line in required if "extra ==" not in line)
     assert needed == ["googleapis-common-protos", "grpcio", "protobuf"]

@@ -7,7 +7,7 @@ timer of its own would go on for ever beside an engine that hangs.
 from __future__ import annotations
 
 import asyncio
-import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ BEAT_SECONDS: Final = 1.0
 BEATS_PER_WATCHDOG: Final = 8  # at least: what stops is noticed after the watchdog's time and at most one beat
 MAX_LATE_SECONDS: Final = 5.0  # of the event loop; a loop that is later serves nobody
 EXTENSION_SECONDS: Final = 60.0  # of the start, for each beat in which loading got on
-MIN_PROGRESS_SECONDS: Final = 0.1  # of processor time in a beat; the beats themselves take far less
+MIN_PROGRESS_RATIO: Final = 0.05  # of a processor; the beats themselves take far less
 MIN_PROGRESS_BYTES: Final = 1 << 16
 IO_COUNTS: Final = Path("/proc/self/io")
 
@@ -49,18 +49,16 @@ class Progress:
 
     def has_moved(self) -> bool:
         """Since the last call."""
-        seconds, num_bytes = self._now()
-        last_seconds, last_bytes = self._last
-        self._last = (seconds, num_bytes)
-        return seconds - last_seconds >= MIN_PROGRESS_SECONDS or num_bytes - last_bytes >= MIN_PROGRESS_BYTES
+        last, self._last = self._last, self._now()
+        seconds, processor_seconds, num_bytes = (now - then for now, then in zip(self._last, last, strict=True))
+        return processor_seconds > MIN_PROGRESS_RATIO * seconds or num_bytes >= MIN_PROGRESS_BYTES
 
     @staticmethod
-    def _now() -> tuple[float, int]:
-        """Processor time in seconds and bytes read, both of this process since its start."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
+    def _now() -> tuple[float, float, int]:
+        """The time, processor time of this process, both in seconds, and the bytes that it has read."""
         lines = IO_COUNTS.read_text().splitlines() if IO_COUNTS.exists() else []
         num_bytes = next((int(line.split()[1]) for line in lines if line.startswith("rchar:")), 0)
-        return usage.ru_utime + usage.ru_stime, num_bytes
+        return time.monotonic(), time.process_time(), num_bytes
 
 
 class Supervision:

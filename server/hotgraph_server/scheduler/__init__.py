@@ -1,7 +1,7 @@
 """What runs next: admission, slots, blocks, steps, and the stream of each request."""
 
 from hotgraph_server.scheduler.scheduler import Scheduler
-from hotgraph_server.scheduler.self_test import self_test
+from hotgraph_server.scheduler.selftest import self_test
 from hotgraph_server.scheduler.status import KvCacheStatus, SchedulerStatus
 from hotgraph_server.scheduler.stream import RequestStream
 

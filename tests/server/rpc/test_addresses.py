@@ -121,12 +121,22 @@ def test_folder_that_is_not_there_is_a_bad_setting(path: Path) -> None:
         UnixSocketClaim(UnixAddress(path / "deeper" / "s")).acquire()
 
 
-@pytest.mark.parametrize(("before", "mode"), [(0o022, 0o750), (0o002, 0o770), (0o077, 0o700), (0o000, 0o770)])
-def test_sockets_made_inside_are_private(path: Path, before: int, mode: int) -> None:
-    """Others get nothing, the group what the process's umask allows, and the umask is restored."""
+@pytest.mark.parametrize(
+    ("before", "access", "mode"),
+    [
+        (0o022, "auto", 0o750),
+        (0o002, "auto", 0o770),
+        (0o077, "auto", 0o700),
+        (0o000, "auto", 0o770),
+        (0o077, "group", 0o770),
+        (0o000, "owner", 0o700),
+    ],
+)
+def test_sockets_made_inside_are_private(path: Path, before: int, access: str, mode: int) -> None:
+    """Others get nothing, the group what the setting or the process's umask allows, and the umask is restored."""
     outer = os.umask(before)
     try:
-        with private_umask(), socket.socket(socket.AF_UNIX) as listener:
+        with private_umask(access), socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
         assert path.stat().st_mode & 0o777 == mode
         assert os.umask(before) == before
