@@ -9,7 +9,7 @@ import asyncio
 from typing import Final
 
 from hotgraph_server.errors import EngineFailedError, InternalError, ModelLoadError
-from hotgraph_server.request import Request, SamplingParams, StopParams, TokensEvent
+from hotgraph_server.request import GraphMode, GraphPolicy, Request, SamplingParams, StopParams, TokensEvent
 from hotgraph_server.scheduler.scheduler import Scheduler
 from hotgraph_server.text import Tokenizer
 
@@ -25,9 +25,16 @@ async def self_test(scheduler: Scheduler, tokenizer: Tokenizer, *, limit_seconds
     Raises ModelLoadError when what comes cannot be a model's answer (the same start would fail again), and
     EngineFailedError when the engine fails or is not done within the limit (a fresh process may do better).
     """
-    sampling, stop = SamplingParams(temperature=0.0), StopParams(ignore_eos=True)
-    prompt = tuple(tokenizer.encode(PROMPT))
-    request = Request(REQUEST_ID, prompt, max_tokens=NUM_TOKENS, sampling=sampling, stop=stop)
+    request = Request(
+        REQUEST_ID,
+        tuple(tokenizer.encode(PROMPT)),
+        max_tokens=NUM_TOKENS,
+        sampling=SamplingParams(temperature=0.0),
+        stop=StopParams(ignore_eos=True),
+        graph_policy=GraphPolicy(
+            GraphMode.EAGER_ONLY
+        ),  # graphs are checked when they are captured, and cached for callers
+    )
     token_ids: list[int] = []
     try:
         async with asyncio.timeout(limit_seconds), scheduler.submit(request) as stream:
