@@ -94,7 +94,7 @@ def _tune(settings: ModelSettings, rows: str | None, limit_seconds: float, outpu
     from hotgraph_server.errors import NotPossibleError
     from hotgraph_server.models import tune as tuning
 
-    wanted = tuning.SERVED_ROWS if rows is None else _parse_rows(rows)
+    wanted = None if rows is None else _parse_rows(rows)
     try:
         with _progress(console(stderr=True)) as report:
             return tuning.tune(settings, rows=wanted, seconds=limit_seconds, output=output, report=report)

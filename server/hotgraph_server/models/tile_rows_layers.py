@@ -32,6 +32,11 @@ in 16 bits on an H200 all products of 32 layers take 3.5 to 3.6 ms at up to 16 t
 8."""
 
 
+def least_tokens(layer_bytes: int) -> int:
+    """Tokens of a step from which on these kernels are faster than those for few rows, by the bytes of a layer's weights."""
+    return LARGE_MIN_TOKENS if layer_bytes >= LARGE_LAYER_BYTES else MIN_TOKENS
+
+
 class TileRowsLayers(Layers):
     """See `Layers`. For up to MAX_TOKENS tokens and rows; `min_tokens` is where they begin to be faster."""
 
@@ -40,8 +45,7 @@ class TileRowsLayers(Layers):
         super().__init__(layers.shape, layers.layers, layers.norm, layers.head)
         shape = self.shape
         self._fuses_rope = can_fuse_rope(shape.head_dim, num_turned, has_head_norm=shape.has_query_key_norm)
-        layer_bytes = sum(linear.num_bytes for linear in self.layers[0].linears)
-        self.min_tokens = LARGE_MIN_TOKENS if layer_bytes >= LARGE_LAYER_BYTES else MIN_TOKENS
+        self.min_tokens = least_tokens(sum(linear.num_bytes for linear in self.layers[0].linears))
 
     @staticmethod
     def suit(layers: Layers) -> bool:

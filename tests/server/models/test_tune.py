@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import LlamaConfig
 from graphcache import FakeClock
 from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import ModelLoadError, NotPossibleError
-from hotgraph_server.kernels import tuning
+from hotgraph_server.kernels import tile_rows, tuning
 from hotgraph_server.kernels.few_rows import SumTuning, Tuning
 from hotgraph_server.kernels.tuning import ChainShape, Machine, read_table, table_of, write_table
 from hotgraph_server.models import few_rows_layers, tune
@@ -58,6 +59,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A GPU of MACHINE's kind, as far as names go. The folder where tables are looked for."""
     monkeypatch.setattr(few_rows_layers, "has_pdl", lambda device: True)
     monkeypatch.setattr(tuning, "has_pdl", lambda device: True)
+    monkeypatch.setattr(tile_rows, "runs_on", lambda device: device == CUDA)
     monkeypatch.setattr(Machine, "of", lambda device: MACHINE)
     monkeypatch.setattr(torch.cuda, "device", _NoDevice)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: MACHINE.gpu)
@@ -86,9 +88,17 @@ def test_a_table_is_made_where_the_daemon_looks(gpu: Path) -> None:
     assert found.source == str(stored.path)
     products = chain_shape(SIZES.shape, torch.float16, 64).products
     assert set(found.measured) == {(product, rows) for product in products.values() for rows in (1, 2, 8)}
-    assert tune.SERVED_ROWS == (1, 2, 8)
     for (_, rows), cut in found.measured.items():
         assert cut.block_rows == (8 if rows < 3 else 32)
+
+
+def test_rows_that_other_kernels_serve_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Hopper GPU a model with large layers takes other kernels from three tokens on; a small one, or elsewhere, does not."""
+    large = replace(chain_shape(SIZES.shape, torch.float16, 64), hidden_size=4096, intermediate_size=11008)
+    for is_hopper in (False, True):
+        monkeypatch.setattr(tile_rows, "runs_on", lambda device, is_hopper=is_hopper: is_hopper)
+        assert tune.served_rows(chain_shape(SIZES.shape, torch.float16, 64), CUDA) == (1, 2, 8)
+        assert tune.served_rows(large, CUDA) == ((1, 2) if is_hopper else (1, 2, 8))
 
 
 def test_output_goes_where_it_is_told(gpu: Path, tmp_path: Path) -> None:
