@@ -93,7 +93,7 @@ def test_a_table_is_made_where_the_daemon_looks(gpu: Path) -> None:
 
 
 def test_rows_that_other_kernels_serve_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a Hopper GPU a model with large layers takes other kernels from three tokens on; a small one, or elsewhere, does not."""
+    """On a Hopper GPU a model with large layers takes other kernels from three tokens on; no small one does, nor elsewhere."""
     large = replace(chain_shape(SIZES.shape, torch.float16, 64), hidden_size=4096, intermediate_size=11008)
     for is_hopper in (False, True):
         monkeypatch.setattr(tile_rows, "runs_on", lambda device, is_hopper=is_hopper: is_hopper)
