@@ -71,6 +71,44 @@ class ServerSettings(Section):
         Literal["auto", "owner", "group"],
         Field(description="Who may connect to a Unix socket. auto: its group, too, where the umask says so."),
     ] = "auto"
+    socket_role: Annotated[
+        Literal["admin", "use", "none"],
+        Field(description="What a caller on a Unix socket of listen may do without a token. none: nothing."),
+    ] = "admin"
+    admin_listen: Annotated[
+        tuple[str, ...],
+        Field(
+            description="The admin's own addresses, as in listen: the admin's methods are then served there alone. Unix sockets"
+            " of it are for the daemon's user alone."
+        ),
+    ] = ()
+    tls_certificate: Annotated[
+        Path | None,
+        Field(
+            description="PEM certificate, with those in between: all TCP addresses speak TLS. A file may stand below"
+            " $CREDENTIALS_DIRECTORY."
+        ),
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="PEM key of that certificate; not for every user to read.")] = (
+        None
+    )
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(description="PEM certificates: TCP callers have to show a certificate signed by one of them."),
+    ] = None
+    tls_admins: Annotated[
+        tuple[str, ...],
+        Field(
+            description="Names in certificates of callers that may administer; the others may use. Without token_file."
+        ),
+    ] = ()
+    token_file: Annotated[
+        Path | None,
+        Field(
+            description="Tokens that TCP callers have to show: lines ROLE NAME TOKEN, role use or admin, token in the clear or"
+            " sha256:HEX."
+        ),
+    ] = None
     max_message_bytes: Annotated[int, Field(ge=64 * 1024, le=256 * MIB, description="One message, either way.")] = (
         4 * MIB
     )

@@ -264,7 +264,7 @@ class Daemon:
         self.drain(None if self._num_signals == 1 else 0.0)
 
     async def reload(self, load: LoadSettings) -> None:
-        """Takes over what may change of the settings that `load` reads; it is called on a thread of its own.
+        """Takes over certificates, tokens, and what may change of the settings that `load` reads, on a thread of its own.
 
         What `load` raises as SettingsError is logged, and everything stays as it was. Without effect once it drains.
         """
@@ -273,7 +273,12 @@ class Daemon:
             if was_serving:
                 self._supervision.reloading()
             try:
-                self._apply(await in_daemon_thread(load, name="hotgraph-reload"))
+                # Credentials first: reading settings may already change the log.
+                credentials, wanted = await in_daemon_thread(
+                    lambda: (self._rpc.load_credentials(), load()), name="hotgraph-reload"
+                )
+                changed = self._rpc.set_credentials(credentials)
+                self._apply(wanted, changed)
             except SettingsError as error:
                 logger.error("reload refused, nothing has changed: %s", error.message)
                 self._remark = f"reload refused: {error.message}"
@@ -281,13 +286,14 @@ class Daemon:
                 if was_serving and self.lifecycle.state is DaemonState.SERVING:
                     self._supervision.ready()
 
-    def _apply(self, wanted: Settings) -> None:
+    def _apply(self, wanted: Settings, changed: tuple[str, ...]) -> None:
+        """`changed`: what else the reload has changed, for the log."""
         reload = reload_settings(self.settings, wanted)
         self.settings = reload.settings
         self._rpc.apply(reload.settings)
         if self._scheduler is not None:
             self._scheduler.apply(reload.settings.scheduler)
-        logger.info("reloaded: %s", ", ".join(reload.changed) or "nothing has changed")
+        logger.info("reloaded: %s", ", ".join((*reload.changed, *changed)) or "nothing has changed")
         self._remark = f"a restart would change {', '.join(reload.waiting)}" if reload.waiting else ""
         if self._remark:
             logger.warning("%s", self._remark)

@@ -255,8 +255,8 @@ async def test_reader_that_does_not_read_ends_at_the_deadline() -> None:
             call = reader.inference.Generate(GenerateRequest(text="x", max_tokens=900, num_choices=8, output=output))
             await call.read()
             await eventually(served.is_all_free)
-            assert served.daemon._rpc._guard.calls.count == 1, "the writer is not blocked: the test tests nothing"
+            assert served.daemon._rpc._calls.count == 1, "the writer is not blocked: the test tests nothing"
             begin = time.monotonic()
-            await eventually(lambda: served.daemon._rpc._guard.calls.count == 0)
+            await eventually(lambda: served.daemon._rpc._calls.count == 0)
             assert time.monotonic() - begin < LATE_SECONDS + STATUS_SECONDS + 2
             await served.check_alive()

@@ -101,6 +101,7 @@ class ClientInfo:
     num_completion_tokens: int
     first_seen_time: datetime | None
     last_seen_time: datetime | None
+    identity: str = ""  # token/NAME or certificate/NAME, when the caller proved who it is
 
 
 class Health(enum.StrEnum):

@@ -15,6 +15,7 @@ from typing import Any, Final
 import grpc.aio
 
 from hotgraph_server.errors import InvalidRequestError, Violation
+from hotgraph_server.rpc.access import current_caller
 
 CLIENT_ID_KEY: Final = "x-client-id"
 CLIENT_ID_RULE: Final = "must be 1 to 128 of [A-Za-z0-9._:-]"
@@ -25,12 +26,15 @@ MAX_USER_AGENT_CHARACTERS: Final = 256
 
 @dataclass(slots=True)
 class Client:
-    """One caller: who declared an id, on whichever connections, or else a connection. Times are seconds since the epoch."""
+    """One caller: who declared an id or proved who they are, on whichever connections, or else a connection.
+
+    Times are seconds since the epoch."""
 
     name: str  # the id alone, without clients/
     declared_id: str
     peer: str
     user_agent: str
+    proven: str  # token/NAME or certificate/NAME, else empty
     first_seen_time: float
     last_seen_time: float
     num_active_requests: int = 0
@@ -41,7 +45,8 @@ class Client:
     @property
     def identity(self) -> str:
         """What the scheduler tells callers apart by."""
-        return f"{self.peer}#{self.declared_id}" if self.declared_id else self.peer
+        origin = self.proven or self.peer
+        return f"{origin}#{self.declared_id}" if self.declared_id else origin
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -80,14 +85,16 @@ class ClientRegistry:
                 user_agent = str(value)[:MAX_USER_AGENT_CHARACTERS]
         if declared_id and not _CLIENT_ID.fullmatch(declared_id):
             raise InvalidRequestError([Violation(CLIENT_ID_KEY, CLIENT_ID_RULE)])
-        return self._seen(context.peer(), declared_id, user_agent)
+        return self._seen(context.peer(), declared_id, user_agent, current_caller.get().name)
 
-    def _seen(self, peer: str, declared_id: str, user_agent: str) -> Client:
-        name = declared_id or _name_of(peer)
+    def _seen(self, peer: str, declared_id: str, user_agent: str, proven: str) -> Client:
+        name = declared_id or _name_of(proven or peer)
+        if declared_id and proven:  # who declares another's id is not taken for them
+            name = f"{declared_id}~{_name_of(proven)}"
         now = self._clock()
         client = self._clients.get(name)
         if client is None:
-            client = self._clients[name] = Client(name, declared_id, peer, user_agent, now, now)
+            client = self._clients[name] = Client(name, declared_id, peer, user_agent, proven, now, now)
             self._forget_one_beyond_the_bound()
         else:
             self._clients.move_to_end(name)

@@ -1,17 +1,18 @@
-"""The interceptor every call of our services passes: bytes to message, errors to statuses, nothing of our inside outwards.
+"""The interceptor every call passes: may they, bytes to message, errors to statuses, nothing of our inside outwards.
 
-It knows no service: what a message means is the servicers' matter. gRPC alone would answer a malformed message or an
-unexpected exception with UNKNOWN and the Python class, and would leave the client of a handler that cancelled itself
-without any answer.
+It knows no service, and not who may what: what a message means is the servicers' matter. gRPC alone would answer a malformed
+message or an unexpected exception with UNKNOWN and the Python class, and would leave the client of a handler that cancelled
+itself without any answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Final, Never, TypeAlias, cast
@@ -38,6 +39,7 @@ logger = logging.getLogger("hotgraph.rpc")
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic in its stubs only
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
+Authorise = Callable[[str, Context], object]
 Admit = Callable[[str, Context], None]
 
 INTERRUPTED_RETRY_SECONDS: Final = 1.0
@@ -72,19 +74,29 @@ class ActiveCalls:
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Replaces the handlers of `services`; other services pass untouched.
+    """Replaces all handlers: each asks `authorise` first, with the method's full name and the context. What it raises ends
+    the call. Of other services than `services` nothing else is changed.
 
     `admit` is called with the method's full name and the context before the message is looked at; what it raises ends the
     call. `max_message_bytes` bounds requests and unary answers, unpacked: the library's own refusal carries no details, so it
-    must be told a higher limit.
+    must be told a higher limit. `calls` counts for several guards at once.
     """
 
-    def __init__(self, services: Collection[str], *, admit: Admit, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        services: Collection[str],
+        *,
+        authorise: Authorise,
+        admit: Admit,
+        max_message_bytes: int,
+        calls: ActiveCalls | None = None,
+    ) -> None:
         self._prefixes = tuple(f"/{service}/" for service in services)
+        self._authorise = authorise
         self._admit = admit
         self._max_message_bytes = max_message_bytes
         self._handlers: dict[str, Handler] = {}
-        self.calls = ActiveCalls()
+        self.calls = calls or ActiveCalls()
 
     async def intercept_service(
         self,
@@ -96,10 +108,39 @@ class Guard(grpc.aio.ServerInterceptor):
         if guarded is not None:
             return guarded
         handler = await continuation(handler_call_details)
-        if handler is None or not method.startswith(self._prefixes):
-            return handler  # None: gRPC answers UNIMPLEMENTED
-        guarded = self._handlers[method] = self._guarded(method, handler)
+        if handler is None:
+            return None  # gRPC answers UNIMPLEMENTED
+        is_ours = method.startswith(self._prefixes)
+        guarded = self._handlers[method] = (self._guarded if is_ours else self._authorised)(method, handler)
         return guarded
+
+    def _authorised(self, method: str, handler: Handler) -> Handler:
+        """The handler of a standard service, which answers in its own way whoever may call it."""
+        parse, serialize = handler.request_deserializer, handler.response_serializer
+        unary: Any = handler.unary_unary or handler.unary_stream
+        stream: Any = handler.stream_stream
+
+        async def authorise(context: Context) -> None:
+            try:
+                self._authorise(method, context)
+            except HotgraphError as error:
+                await _abort(context, method, error, "")
+
+        async def serve(request: Any, context: Context) -> Any:
+            await authorise(context)
+            return await unary(request, context)
+
+        async def serve_stream(requests: Any, context: Context) -> AsyncIterator[Any]:
+            await authorise(context)
+            async for response in stream(requests, context):
+                yield response
+
+        if inspect.iscoroutinefunction(unary):
+            wrap = grpc.unary_unary_rpc_method_handler if handler.unary_unary else grpc.unary_stream_rpc_method_handler
+            return wrap(serve, parse, serialize)
+        if inspect.isasyncgenfunction(stream):
+            return grpc.stream_stream_rpc_method_handler(serve_stream, parse, serialize)
+        raise TypeError(f"{method} has a handler of a kind that is not known here")
 
     def _guarded(self, method: str, handler: Handler) -> Handler:
         parse, serialize = handler.request_deserializer, handler.response_serializer
@@ -146,6 +187,7 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> Any:
         request_id = ""
         try:
+            self._authorise(method, context)
             self._admit(method, context)
             if len(data) > self._max_message_bytes:
                 raise MessageTooLargeError(limit_bytes=self._max_message_bytes, size_bytes=len(data))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import ExitStack
 from typing import Any, Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from graphcache import Clock
 from hotgraph.v1 import (
@@ -21,6 +22,7 @@ from hotgraph.v1 import (
 )
 from hotgraph_server.config import ServerSettings, Settings
 from hotgraph_server.errors import SettingsError
+from hotgraph_server.rpc.access import Access
 from hotgraph_server.rpc.addresses import (
     TcpAddress,
     UnixAddress,
@@ -31,8 +33,9 @@ from hotgraph_server.rpc.addresses import (
 )
 from hotgraph_server.rpc.admin import AdminServicer, Drain
 from hotgraph_server.rpc.clients import ClientRegistry
+from hotgraph_server.rpc.credentials import Credentials, HeldCredentials, check_exposure, load_credentials
 from hotgraph_server.rpc.graph import GraphServicer
-from hotgraph_server.rpc.guard import Guard
+from hotgraph_server.rpc.guard import ActiveCalls, Guard
 from hotgraph_server.rpc.health import OVERALL, WARM, HealthServicer
 from hotgraph_server.rpc.inference import InferenceServicer
 from hotgraph_server.rpc.lifecycle import Lifecycle, ServedModel
@@ -130,20 +133,37 @@ class RpcServer:
         self._graph = GraphServicer(lifecycle, clock)
         self._admin = AdminServicer(lifecycle, self._clients, drain)
         self._health = HealthServicer([OVERALL, *OUR_SERVICES, WARM])
-        self._guard = Guard(OUR_SERVICES, admit=self._admit, max_message_bytes=settings.server.max_message_bytes)
-        self._server = grpc.aio.server(interceptors=(self._guard,), options=channel_options(settings.server))
+        self._held = HeldCredentials(Credentials())
+        self._calls = ActiveCalls()
+        has_admin_listener = bool(settings.server.admin_listen)
+        self._server = self._make_server(Access(self._held, settings.server, serves_admin=not has_admin_listener))
+        self._admin_server: grpc.aio.Server | None = None
+        if has_admin_listener:
+            self._admin_server = self._make_server(Access(self._held, settings.server, is_admins_own=True))
         self._claims = ExitStack()
         self.addresses: tuple[str, ...] = ()
-        self._add_services()
 
-    def _add_services(self) -> None:
-        server: Any = _WithoutRegistration(self._server)
+    def _make_server(self, access: Access) -> grpc.aio.Server:
+        """A server of all services, for the addresses that `access` decides for."""
+        guard = Guard(
+            OUR_SERVICES,
+            authorise=access.authorise,
+            admit=self._admit,
+            max_message_bytes=self._settings.server.max_message_bytes,
+            calls=self._calls,
+        )
+        made = grpc.aio.server(interceptors=(guard,), options=channel_options(self._settings.server))
+        server: Any = _WithoutRegistration(made)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
         graph_service_pb2_grpc.add_GraphServiceServicer_to_server(self._graph, server)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.server.reflection:
-            reflection.enable_server_reflection((*OUR_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+            names = (*OUR_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
+            servicer = reflection.aio.ReflectionServicer(names)  # the guard wraps no blocking handlers
+            add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server  # its stubs have no types
+            add_reflection(servicer, server)
+        return made
 
     def _admit(self, method: str, context: Context) -> None:
         """Who may call what now. Raises the refusal. The admin service answers in every state."""
@@ -153,37 +173,63 @@ class RpcServer:
 
     async def start(self) -> None:
         """Binds every address and answers. Raises AddressInUseError or SettingsError, and then listens nowhere."""
-        addresses = [parse_address(text) for text in self._settings.server.listen]
+        server = self._settings.server
+        addresses = [parse_address(text) for text in server.listen]
+        admin_addresses = [parse_address(text) for text in server.admin_listen]
+        check_exposure([*addresses, *admin_addresses], server)
+        self._held.current = self.load_credentials()
         try:
-            self.addresses = tuple(self._bind(address) for address in addresses)
-            await self._server.start()
+            bound = [self._bind(self._server, address, server.socket_access) for address in addresses]
+            if self._admin_server is not None:
+                bound += [self._bind(self._admin_server, address, "owner") for address in admin_addresses]
+            self.addresses = tuple(bound)
+            for listening in self._servers:
+                await listening.start()
         except BaseException:
-            await self._server.stop(None)
+            for listening in self._servers:
+                await listening.stop(None)
             self._claims.close()
             raise
+        current = self._held.current
+        if current.tls is not None or current.tokens is not None:
+            logger.info("TCP addresses: %s", ", ".join(_demands(current)))
 
-    def _bind(self, address: UnixAddress | TcpAddress) -> str:
+    @property
+    def _servers(self) -> tuple[grpc.aio.Server, ...]:
+        return (self._server,) if self._admin_server is None else (self._server, self._admin_server)
+
+    def _bind(self, server: grpc.aio.Server, address: UnixAddress | TcpAddress, access: str) -> str:
         if isinstance(address, UnixAddress):
             claim = UnixSocketClaim(address)
             claim.acquire()
             self._claims.callback(claim.release)
-            with private_umask(self._settings.server.socket_access):
-                if not self._add_port(address):
+            with private_umask(access):
+                if not self._add_port(server, address):
                     raise SettingsError(f"cannot listen on {address.path}")
             return str(address)
-        if not address.is_loopback:
-            logger.warning("%s is open to the network, without encryption or authentication", address)
-        port = self._add_port(address)
+        port = self._add_port(server, address)
         if not port:
             raise bind_error(address)
         return str(TcpAddress(address.host, port))
 
-    def _add_port(self, address: UnixAddress | TcpAddress) -> int:
+    def _add_port(self, server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> int:
         """The bound port, 0 when it could not be bound. gRPC tells no reason."""
         try:
-            return self._server.add_insecure_port(str(address))
+            if isinstance(address, TcpAddress) and self._held.current.tls is not None:
+                return server.add_secure_port(str(address), self._held.server_credentials())
+            return server.add_insecure_port(str(address))
         except RuntimeError:
             return 0
+
+    def load_credentials(self) -> Credentials:
+        """Reads the files of certificates and tokens, for `set_credentials`. Blocks; for any thread. Raises SettingsError."""
+        return load_credentials(self._settings.server)
+
+    def set_credentials(self, credentials: Credentials) -> tuple[str, ...]:
+        """Connections made from now on, and calls, go by these. Returns what is new of them, for people."""
+        before, self._held.current = self._held.current, credentials
+        changed = {"certificates": before.tls != credentials.tls, "tokens": before.tokens != credentials.tokens}
+        return tuple(name for name, is_new in changed.items() if is_new)
 
     def open(self, served: ServedModel) -> EventHub:
         """The model is loaded: the lifecycle serves it. Health says so."""
@@ -210,13 +256,23 @@ class RpcServer:
 
     async def wait_idle(self) -> None:
         """Until no call of our services is inside."""
-        await self._guard.calls.wait_idle()
+        await self._calls.wait_idle()
 
     async def stop(self, grace_seconds: float) -> None:
         """Listens no more; what is left after the grace is cut off. Sockets are removed."""
         self.end_watchers()
         try:
-            await self._server.stop(grace_seconds)
+            await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
         finally:
             self._inference.close()
             self._claims.close()
+
+
+def _demands(credentials: Credentials) -> list[str]:
+    """What a caller meets on TCP, for the log."""
+    tls, tokens = credentials.tls, credentials.tokens
+    return [
+        "in the clear" if tls is None else "TLS",
+        *(["a client's certificate"] if tls is not None and tls.client_ca is not None else []),
+        *([f"one of {len(tokens)} tokens"] if tokens is not None else []),
+    ]

@@ -90,7 +90,12 @@ async def guarded(
     unary: Handler, stream: Handler, *, max_message_bytes: int = 1 << 20
 ) -> AsyncIterator[tuple[Any, Guard]]:
     """A stub of a server with these handlers behind a guard."""
-    guard = Guard([SERVICE], admit=lambda method, context: None, max_message_bytes=max_message_bytes)
+    guard = Guard(
+        [SERVICE],
+        authorise=lambda method, context: None,
+        admit=lambda method, context: None,
+        max_message_bytes=max_message_bytes,
+    )
     server = grpc.aio.server(interceptors=(guard,))
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(Servicer(unary, stream), server)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory(prefix="hg") as folder:

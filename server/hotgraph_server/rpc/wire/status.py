@@ -70,6 +70,7 @@ def client_message(client: Client) -> admin_service_pb2.Client:
         name=f"clients/{client.name}",
         peer=client.peer,
         user_agent=client.user_agent,
+        identity=client.proven,
         num_active_requests=client.num_active_requests,
         num_requests=client.num_requests,
         num_prompt_tokens=client.num_prompt_tokens,
