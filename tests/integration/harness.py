@@ -135,11 +135,22 @@ async def eventually(condition: Callable[[], Any], patience_seconds: float = PAT
 
 
 class Caller:
-    """Plain stubs on one channel."""
+    """Plain stubs on one channel, which speaks TLS when there are credentials."""
 
-    def __init__(self, target: str, *, options: tuple[tuple[str, Any], ...] = ()) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        options: tuple[tuple[str, Any], ...] = (),
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         # A channel of its own: gRPC would share the connection with another channel to the same target.
-        self.channel = grpc.aio.insecure_channel(target, options=(("grpc.use_local_subchannel_pool", 1), *options))
+        options = (("grpc.use_local_subchannel_pool", 1), *options)
+        self.channel = (
+            grpc.aio.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=options)
+        )
         self.inference = inference_service_pb2_grpc.InferenceServiceStub(self.channel)
         self.graphs = graph_service_pb2_grpc.GraphServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)

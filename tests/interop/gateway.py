@@ -1,10 +1,11 @@
-"""A gRPC gateway with TLS, mutual TLS and bearer tokens before a daemon, which has none of them. It passes any method on."""
+"""A gRPC gateway with TLS, mutual TLS and bearer tokens before a daemon that is asked for none. It passes any method on.
+
+The daemon can do all of it itself, but only in one way at a time; this saves two more daemons with a model.
+"""
 
 from __future__ import annotations
 
-import os
 import secrets
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,16 +16,11 @@ import grpc.aio
 
 from hotgraph_server.errors import UnauthenticatedError
 from hotgraph_server.rpc.status import status_of
+from tests.certificates import make_authority, make_certificate
 
 MAX_MESSAGE_BYTES = 64 << 20
 OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 HOP_KEYS = frozenset({"user-agent", "authorization", "content-type", "te"})  # of one connection, not of the call
-
-EXTENSIONS = {
-    "ca": "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign",
-    "server": "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth",
-    "client": "subjectAltName=DNS:client.test\nextendedKeyUsage=clientAuth",
-}
 
 
 class Gateway:
@@ -39,7 +35,9 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        make_certificates(self._folder)
+        make_authority(self._folder, "ca")
+        make_certificate(self._folder, "server")
+        make_certificate(self._folder, "client", usage="clientAuth", names="DNS:client.test")
         async with grpc.aio.insecure_channel(self._upstream, OPTIONS) as channel:
             with_token = await self._serve(channel, self._token)
             with_certificate = await self._serve(channel, None)
@@ -103,21 +101,3 @@ class PassOn(grpc.GenericRpcHandler):
                 await context.abort(error.code(), error.details() or "", trailing)
 
         return grpc.stream_stream_rpc_method_handler(pass_on)
-
-
-def make_certificates(folder: Path) -> None:
-    """A CA, and a server's and a client's certificate of it: NAME.pem and NAME.key (PKCS 8)."""
-
-    def openssl(*arguments: str) -> None:
-        environment = {**os.environ, "OPENSSL_CONF": os.devnull}
-        subprocess.run(
-            ["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60, env=environment
-        )
-
-    for name, extensions in EXTENSIONS.items():
-        (folder / f"{name}.ext").write_text(extensions + "\n")
-        openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", f"{name}.key")
-        openssl("req", "-new", "-key", f"{name}.key", "-subj", f"/CN=hotgraph test {name}", "-out", f"{name}.csr")
-        signer = ["-signkey", "ca.key"] if name == "ca" else ["-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"]
-        request = ["-in", f"{name}.csr", "-days", "2", "-extfile", f"{name}.ext", "-out", f"{name}.pem"]
-        openssl("x509", "-req", *request, *signer)

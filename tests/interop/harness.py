@@ -1,7 +1,7 @@
 """Real daemons for the tests of clients in any language: their addresses as JSON, and a report of what passed.
 
-Two daemons with the embedded model, relays that hand connections over and cut them, and a gateway with TLS and tokens, since
-the daemon itself has neither. It knows no client. The interface for a language's tests is in README.md.
+Two daemons with the embedded model, relays that hand connections over and cut them, and a gateway with TLS and tokens, which
+stands for daemons that ask for them. It knows no client. The interface for a language's tests is in README.md.
 """
 
 from __future__ import annotations
