@@ -158,9 +158,9 @@ def private_umask(access: str) -> Iterator[None]:
     The mode must be right at the moment of bind: a later chmod leaves a gap. The umask is the whole process's, so this is
     for the moment before any other thread makes files.
     """
-    before = os.umask(0o077)
+    before = os.umask(0o177)
     try:
-        os.umask({"auto": before | 0o007, "group": 0o007, "owner": 0o077}[access])
+        os.umask({"auto": before | 0o117, "group": 0o117, "owner": 0o177}[access])
         yield
     finally:
         os.umask(before)

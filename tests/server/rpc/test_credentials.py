@@ -59,12 +59,14 @@ def settings(folder: Path | str) -> ServerSettings:
 def test_good_files_are_read(folder: Path, made: Path) -> None:
     """All four files; without settings there is nothing to read."""
     loaded = load_credentials(settings(folder))
-    assert loaded.tls is not None and loaded.tokens is not None
+    assert loaded.tls is not None
+    assert loaded.tokens is not None
     assert loaded.tls.key == (made / "server.key").read_bytes()
     assert loaded.tokens.find("SECRET-SECRET-SECRET") is not None
     assert "PRIVATE" not in repr(loaded)
     nothing = load_credentials(ServerSettings())
-    assert nothing.tls is None and nothing.tokens is None
+    assert nothing.tls is None
+    assert nothing.tokens is None
 
 
 @pytest.mark.parametrize("start", ["$CREDENTIALS_DIRECTORY", "${CREDENTIALS_DIRECTORY}"])
@@ -93,7 +95,15 @@ def put_pair(source: str) -> Callable[[Path, Path], None]:
 
 
 def put_text(name: str, data: bytes) -> Callable[[Path, Path], None]:
-    return lambda folder, _: (folder / name).write_bytes(data) and None
+    def change(folder: Path, made: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def put_folder(folder: Path, made: Path) -> None:
+    (folder / "tokens").unlink()
+    (folder / "tokens").mkdir()
 
 
 BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
@@ -110,7 +120,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "bad tokens": (put_text("tokens", b"use alice\n"), "tokens, line 1: wants a role"),
     "no text": (put_text("tokens", b"\xff\xfe\n"), "is no text"),
     "endless": (put_text("tokens", b"#" * (2 << 20)), "more than 1048576 bytes"),
-    "a folder": (lambda folder, _: ((folder / "tokens").unlink(), (folder / "tokens").mkdir()), "token file"),
+    "a folder": (put_folder, "token file"),
 }
 
 
@@ -123,7 +133,8 @@ def test_bad_files_are_refused_with_name_and_reason(folder: Path, made: Path, ca
     with pytest.raises(SettingsError, match=words) as caught:
         load_credentials(settings(folder))
     assert str(folder) in caught.value.message
-    assert "SECRET" not in caught.value.message and "BEGIN" not in caught.value.message
+    assert "SECRET" not in caught.value.message
+    assert "BEGIN" not in caught.value.message
 
 
 def test_encrypted_key_is_refused_without_asking(folder: Path) -> None:

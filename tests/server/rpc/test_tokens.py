@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
@@ -29,7 +30,8 @@ def test_both_ways_to_write_a_token() -> None:
     ]
     for wrong in ("", first[:-1], first + "x", f"sha256:{hashed}", hashed, "\udc80", secrets.token_urlsafe()):
         assert tokens.find(wrong) is None
-    assert first not in repr(found) and hashed.lower() not in repr(found).lower()
+    assert first not in repr(found)
+    assert hashed.lower() not in repr(found).lower()
 
 
 @pytest.mark.parametrize(
@@ -49,17 +51,17 @@ def test_bad_line_is_named_and_not_quoted(line: str, words: str) -> None:
     """The error has file, line and reason, and nothing of the secret."""
     with pytest.raises(SettingsError) as caught:
         parse_tokens(f"admin alice SECRET-SECRET-SECRET-1\n{line}\n", "/etc/t")
-    assert caught.value.message.startswith("/etc/t, line 2: ") and words in caught.value.message
-    assert "SECR" not in caught.value.message and "0" * 63 not in caught.value.message
+    assert caught.value.message.startswith("/etc/t, line 2: ")
+    assert words in caught.value.message
+    assert "SECR" not in caught.value.message
+    assert "0" * 63 not in caught.value.message
 
 
 @given(st.text())
 def test_any_text_is_tokens_or_an_error(text: str) -> None:
     """Nothing but SettingsError comes out, and what is taken is not empty."""
-    try:
+    with contextlib.suppress(SettingsError):
         assert len(parse_tokens(text, "f")) > 0
-    except SettingsError as error:
-        assert error.message.startswith("f")
 
 
 def test_too_many_and_none() -> None:
