@@ -99,7 +99,7 @@ async def test_start(host: Machine) -> None:
     assert properties["StatusText"] == "serving fake: 0 running, 0 waiting"
     assert len((await completed(host)).choices) == 1
     listed = host.run("stat", "-c", "%a %U %G", "/run/hotgraph", "/run/hotgraph/hotgraph.sock").splitlines()
-    assert listed == ["750 hotgraph hotgraph-clients", "770 hotgraph hotgraph-clients"]
+    assert listed == ["750 hotgraph hotgraph-clients", "660 hotgraph hotgraph-clients"]
     connect = "import socket; socket.socket(socket.AF_UNIX).connect('/run/hotgraph/hotgraph.sock')"
     python = ("env", "LD_LIBRARY_PATH=/opt/python/lib", "/opt/hotgraph/bin/python", "-c", connect)
     host.run("runuser", "-u", "nobody", "-g", "hotgraph-clients", "--", *python)

@@ -195,10 +195,11 @@ def _clients(callers: list[ClientInfo]) -> RenderableType:
     from rich.markup import escape
 
     numbers = ["active", "requests", "prompt", "completion"]
-    rows = table(["client", "peer", "user agent", *numbers, "last seen"], numbers=numbers)
+    rows = table(["client", "proven", "peer", "user agent", *numbers, "last seen"], numbers=numbers)
     for caller in callers:
         rows.add_row(
             escape(safe(caller.name.removeprefix("clients/"))),
+            escape(safe(caller.identity)),
             escape(safe(caller.peer)),
             escape(safe(caller.user_agent)),
             f"{caller.num_active_requests:,}",

@@ -54,6 +54,7 @@ READS: Final = frozenset({"GetStatus", "ListClients"})  # of the admin's methods
 
 AUTHORIZATION_KEY: Final = "authorization"
 SCHEME: Final = "bearer "
+MAX_NAME_CHARACTERS: Final = 256
 SECONDS_PER_LOGGED_REFUSAL: Final = 1.0  # who knocks all day does not fill the log
 
 
@@ -123,7 +124,7 @@ class Access:
             if not names:
                 raise _unauthenticated()
             role = Role.ADMIN if self._admins.intersection(names) else Role.USE
-            return Caller(f"certificate/{names[0]}", role)
+            return Caller(f"certificate/{_printable(names[0])}", role)
         if not _is_loopback(peer):  # the start refuses addresses of the network; this holds whatever leads here
             raise _unauthenticated()
         return Caller("", Role.ADMIN)
@@ -144,6 +145,11 @@ def certificate_names(context: Context) -> list[str]:
     shown: dict[str, list[bytes]] = {key: list(values) for key, values in (context.auth_context() or {}).items()}
     names = shown.get("x509_subject_alternative_name") or shown.get("x509_common_name") or []
     return [name.decode(errors="replace") for name in names if name]
+
+
+def _printable(name: str) -> str:
+    """A name for logs: an authority may sign anything, line breaks too."""
+    return "".join(character if character.isprintable() else "?" for character in name[:MAX_NAME_CHARACTERS])
 
 
 def _shown_token(context: Context, tokens: Tokens | None) -> Token:

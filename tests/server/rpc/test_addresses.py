@@ -124,12 +124,12 @@ def test_folder_that_is_not_there_is_a_bad_setting(path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "access", "mode"),
     [
-        (0o022, "auto", 0o750),
-        (0o002, "auto", 0o770),
-        (0o077, "auto", 0o700),
-        (0o000, "auto", 0o770),
-        (0o077, "group", 0o770),
-        (0o000, "owner", 0o700),
+        (0o022, "auto", 0o640),
+        (0o002, "auto", 0o660),
+        (0o077, "auto", 0o600),
+        (0o000, "auto", 0o660),
+        (0o077, "group", 0o660),
+        (0o000, "owner", 0o600),
     ],
 )
 def test_sockets_made_inside_are_private(path: Path, before: int, access: str, mode: int) -> None:
