@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -19,6 +20,7 @@ import grpc
 import pytest
 
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
+from tests.certificates import make_authority, make_certificate
 from tests.integration.harness import Caller, refused
 from tests.systemd.machine import WATCHDOG_SECONDS, Machine, install, machine, why_not
 
@@ -289,6 +291,45 @@ async def test_settings_as_a_credential(host: Machine) -> None:
     host.wait(lambda now: "reloaded: nothing has changed" in host.journal("hotgraph.service"))
     async with Caller(host.socket) as caller:
         assert (await caller.status()).scheduler.max_waiting == 11
+
+
+async def test_lan(host: Machine, tmp_path: Path) -> None:
+    """The drop-in for a network: TLS and tokens from files that only root can read; without a token nobody is the admin.
+
+    Without its settings the same address is refused: status 78, not tried again.
+    """
+    make_authority(tmp_path, "ca")
+    make_certificate(tmp_path, "server")
+    token = secrets.token_urlsafe()
+    for name, text in (
+        ("tls.crt", (tmp_path / "server.pem").read_text()),
+        ("tls.key", (tmp_path / "server.key").read_text()),
+        ("ca.crt", (tmp_path / "ca.pem").read_text()),
+        ("tokens", f"admin root {token}\n"),
+        ("token", f"{token}\n"),
+    ):
+        host.write(f"/etc/hotgraph/{name}", text, 0o600)
+    host.write("/etc/hotgraph/hotgraph.env", "HOTGRAPH_SERVER__LISTEN=unix:/run/hotgraph/hotgraph.sock,0.0.0.0:50051\n")
+    change(host, (ROOT / "server/hotgraph_server/systemd/files/lan.conf").read_text())
+    started(host)
+    await completed(host)
+    status = [
+        "/opt/hotgraph/bin/hotgraph",
+        "status",
+        "--json",
+        "--target",
+        "localhost:50051",
+        "--tls-ca",
+        "/etc/hotgraph/ca.crt",
+    ]
+    assert json.loads(host.run(*status, "--token-file", "/etc/hotgraph/token"))["model"] == "fake"
+    assert host.run(*status, check=False) == ""
+    host.systemctl("stop", "hotgraph.service")
+    change(host, "")
+    host.systemctl("start", "hotgraph.service", check=False)
+    failed = host.wait(lambda now: now["ActiveState"] == "failed")
+    assert (failed["ExecMainStatus"], failed["NRestarts"]) == ("78", "0")
+    assert "is open to the network" in host.journal("hotgraph.service")
 
 
 ALLOWED = {"write to its state", "open /dev/null", "reach loopback", "choose its processors"}
