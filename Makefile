@@ -15,8 +15,8 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-go vectors fmt check contract test test-clients test-interop test-client-python \
-	test-client-go check-go test-gpu bench bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-go protos-node vectors fmt check contract test test-clients test-interop test-client-python \
+	test-client-go test-client-node check-go check-node test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ protos: $(VENV)/.dev ## generate the Python stubs again after an edit of protos/
 
 protos-go: $(VENV)/.dev ## generate the Go stubs, which are committed, again after an edit of protos/
 	@clients/go/generate.sh
+
+protos-node: $(VENV)/.dev ## generate the TypeScript stubs, which are committed, again after an edit of protos/
+	@clients/node/generate.sh
 
 vectors: $(VENV)/.dev protos ## make the golden wire vectors of tests/contract again after an edit of protos/
 	@$(BIN)/python -m tests.contract.vectors
@@ -61,13 +64,14 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
 INTEROP_PYTHON := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
 INTEROP_GO := "go=clients/go/test.sh"
+INTEROP_NODE := "node=clients/node/test.sh"
 
 test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(MAKE) test-interop
 
-test-interop: $(VENV)/.dev protos check-go ## the clients of all languages against real daemons with a real model
-	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO)
+test-interop: $(VENV)/.dev protos check-go check-node ## the clients of all languages against real daemons with a real model
+	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO) $(INTEROP_NODE)
 
 test-client-python: $(VENV)/.dev protos ## the Python client alone
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
@@ -76,8 +80,14 @@ test-client-python: $(VENV)/.dev protos ## the Python client alone
 test-client-go: $(VENV)/.dev protos check-go ## the Go client alone
 	$(INTEROP) $(INTEROP_GO)
 
+test-client-node: $(VENV)/.dev protos check-node ## the Node client alone
+	$(INTEROP) $(INTEROP_NODE)
+
 check-go: $(VENV)/.dev
 	@clients/go/generate.sh --check
+
+check-node: $(VENV)/.dev
+	@clients/node/generate.sh --check
 
 test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
@@ -97,6 +107,7 @@ bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and p
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf clients/node/node_modules clients/node/dist clients/node/build
 	find protos -name '*_pb2*' -delete
 
 $(BIN)/python:

@@ -71,6 +71,7 @@ def test_measured_figures_come_from_the_results() -> None:
         "graphcache/README.md",
         "clients/python/README.md",
         "clients/go/README.md",
+        "clients/node/README.md",
         "docs/clients.md",
         "docs/paper.md",
         "tests/interop/README.md",

@@ -7,4 +7,5 @@ tsc=node_modules/.bin/tsc
 rm -rf dist build
 "$tsc" -p tsconfig.json
 "$tsc" -p tsconfig.test.json
+"$tsc" -p tsconfig.examples.json
 node --enable-source-maps --test --test-reporter=dot "$@" build/*.test.js
