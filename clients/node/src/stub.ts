@@ -18,6 +18,8 @@ import { type CallOptions as GrpcCallOptions, Client as Channel, type ClientRead
 import { fromError, HotgraphError } from "./errors.js";
 import { checkTimeout, type Token } from "./options.js";
 
+const MAX_QUEUED = 256;
+
 /** Of one call. */
 export interface CallOptions {
   /** Ends the call when aborted: its error is of kind `cancelled`, with the signal's reason as cause. */
@@ -148,8 +150,9 @@ export interface ReadResult<T> {
 }
 
 /**
- * One streaming call under way. Errors come as results, so that none is lost when nobody reads. It asks for the next message
- * when the last was read: a slow reader slows the server's sending, not this process's memory.
+ * One streaming call under way. Errors come as results, so that none is lost when nobody reads. It keeps up to MAX_QUEUED
+ * messages that were not read yet: more would fill memory, and fewer be lost, since gRPC for Node throws away what it was not
+ * asked for when a call fails.
  */
 export class StreamReader<M extends DescMethodServerStreaming> {
   readonly #queue: MessageShape<M["output"]>[] = [];
@@ -184,7 +187,7 @@ export class StreamReader<M extends DescMethodServerStreaming> {
       this.#call = call;
       call.on("data", (message: MessageShape<M["output"]>) => {
         this.#queue.push(message);
-        call.pause();
+        if (this.#queue.length >= MAX_QUEUED) call.pause();
         this.#notify();
       });
       call.on("end", () => {
@@ -198,8 +201,6 @@ export class StreamReader<M extends DescMethodServerStreaming> {
         this.#hasStatus = true;
         this.#notify();
       });
-      call.pause();
-      if (this.#wake) call.resume();
     } catch (error) {
       this.#end(fromError(error));
     }
@@ -229,14 +230,16 @@ export class StreamReader<M extends DescMethodServerStreaming> {
   async read(): Promise<ReadResult<MessageShape<M["output"]>>> {
     for (;;) {
       const message = this.#queue.shift();
-      if (message !== undefined) return { message };
+      if (message !== undefined) {
+        if (this.#queue.length < MAX_QUEUED) this.#call?.resume();
+        return { message };
+      }
       if (this.#isOver) {
         this.#stopListening();
         return this.#error === undefined ? {} : { error: this.#error };
       }
       await new Promise<void>((resolve) => {
         this.#wake = resolve;
-        this.#call?.resume();
       });
       this.#wake = undefined;
     }
@@ -253,17 +256,34 @@ function withDeadline(timeoutMs: number | undefined): GrpcCallOptions {
   return timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs };
 }
 
-/** What every call carries. That a token goes only where it may was checked before. */
+/**
+ * What every call carries. That a token goes only where it may was checked before. Throws UNAUTHENTICATED when the token cannot
+ * be had, INVALID_ARGUMENT for what no header may hold: no failure of the server's that would be worth another try.
+ */
 async function metadataOf(context: CallContext, sessionKey: string, options: CallOptions): Promise<Metadata> {
   const metadata = new Metadata({ waitForReady: context.waitForReady });
-  if (context.token !== undefined) {
-    const token = typeof context.token === "string" ? context.token : await context.token();
-    metadata.set("authorization", `bearer ${token}`);
-  }
-  if (context.clientId) metadata.set("x-client-id", context.clientId);
-  if (sessionKey) metadata.set("session_id", sessionHeader(sessionKey));
-  for (const [key, value] of Object.entries(options.metadata ?? {})) metadata.set(key, value);
+  const set = (key: string, value: string): void => {
+    try {
+      metadata.set(key, value);
+    } catch (error) {
+      throw new HotgraphError(status.INVALID_ARGUMENT, `no metadata: ${key}`, { cause: error });
+    }
+  };
+  if (context.token !== undefined) set("authorization", `bearer ${await readToken(context.token)}`);
+  if (context.clientId) set("x-client-id", context.clientId);
+  if (sessionKey) set("session_id", sessionHeader(sessionKey));
+  for (const [key, value] of Object.entries(options.metadata ?? {})) set(key, value);
   return metadata;
+}
+
+async function readToken(token: Token): Promise<string> {
+  if (typeof token === "string") return token;
+  try {
+    return await token();
+  } catch (error) {
+    const message = error instanceof Error ? error.message : String(error);
+    throw new HotgraphError(status.UNAUTHENTICATED, `no token: ${message}`, { cause: error });
+  }
 }
 
 function sessionKeyOf(request: object): string {
