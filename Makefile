@@ -15,8 +15,9 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-go protos-node vectors fmt check contract test test-clients test-interop test-client-python \
-	test-client-go test-client-node check-go check-node test-gpu bench bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-go protos-node protos-rust vectors fmt check contract test test-clients test-interop \
+	test-client-python test-client-go test-client-node test-client-rust check-go check-node check-rust test-gpu bench \
+	bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ protos-go: $(VENV)/.dev ## generate the Go stubs, which are committed, again aft
 
 protos-node: $(VENV)/.dev ## generate the TypeScript stubs, which are committed, again after an edit of protos/
 	@clients/node/generate.sh
+
+protos-rust: $(VENV)/.dev ## generate the Rust stubs, which are committed, again after an edit of protos/
+	@clients/rust/generate.sh
 
 vectors: $(VENV)/.dev protos ## make the golden wire vectors of tests/contract again after an edit of protos/
 	@$(BIN)/python -m tests.contract.vectors
@@ -65,13 +69,14 @@ INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
 INTEROP_PYTHON := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
 INTEROP_GO := "go=clients/go/test.sh"
 INTEROP_NODE := "node=clients/node/test.sh"
+INTEROP_RUST := "rust=clients/rust/test.sh"
 
 test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(MAKE) test-interop
 
-test-interop: $(VENV)/.dev protos check-go check-node ## the clients of all languages against real daemons with a real model
-	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO) $(INTEROP_NODE)
+test-interop: $(VENV)/.dev protos check-go check-node check-rust ## the clients of all languages against real daemons with a real model
+	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO) $(INTEROP_NODE) $(INTEROP_RUST)
 
 test-client-python: $(VENV)/.dev protos ## the Python client alone
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
@@ -88,6 +93,12 @@ check-go: $(VENV)/.dev
 
 check-node: $(VENV)/.dev
 	@clients/node/generate.sh --check
+
+test-client-rust: $(VENV)/.dev protos check-rust ## the Rust client alone
+	$(INTEROP) $(INTEROP_RUST)
+
+check-rust: $(VENV)/.dev
+	@clients/rust/generate.sh --check
 
 test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
@@ -107,7 +118,7 @@ bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and p
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf clients/node/node_modules clients/node/dist clients/node/build
+	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target
 	find protos -name '*_pb2*' -delete
 
 $(BIN)/python:

@@ -8,7 +8,7 @@ use hotgraph::{json, v1};
 use prost::{Message, Name};
 use serde_json::Value;
 
-fn check<M: Message + Name + Default + PartialEq>(name: &str, binary: &[u8], text: &str) {
+fn check<M: Message + Name + Default + PartialEq + std::fmt::Debug>(name: &str, binary: &[u8], text: &str) {
     let from_binary = M::decode(binary).unwrap_or_else(|error| panic!("{name}: {error}"));
     let from_json: M = json::from_str(text).unwrap_or_else(|error| panic!("{name}: {error}"));
     assert_eq!(from_binary, from_json, "{name}: binary and JSON differ");
