@@ -41,6 +41,7 @@ pub struct Generation {
     session_key: String,
 }
 
+#[allow(clippy::large_enum_variant)] // one for each generation
 enum Link {
     None,
     Opening(Opening),
@@ -222,6 +223,7 @@ impl Generation {
     }
 }
 
+#[allow(clippy::large_enum_variant)] // it lives for one step
 enum Step {
     On(Link),
     Wait(Link),

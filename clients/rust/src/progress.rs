@@ -76,6 +76,7 @@ pub(crate) enum State {
 
 /// What follows the end of a connection.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // it lives for one step
 pub(crate) enum After {
     /// Open the next one then.
     Wait(Duration),
