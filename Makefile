@@ -66,27 +66,28 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 
 # A language's test command, run by tests/interop against real daemons. INTEROP_FLAGS=--record keeps what passed.
 INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
-INTEROP_PYTHON := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
-INTEROP_GO := "go=clients/go/test.sh"
-INTEROP_NODE := "node=clients/node/test.sh"
-INTEROP_RUST := "rust=clients/rust/test.sh"
+INTEROP_python := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
+INTEROP_go := "go=clients/go/test.sh"
+INTEROP_node := "node=clients/node/test.sh"
+INTEROP_rust := "rust=clients/rust/test.sh"
 
 test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(MAKE) test-interop
 
-test-interop: $(VENV)/.dev protos check-go check-node check-rust ## the clients of all languages against real daemons with a real model
-	$(INTEROP) $(INTEROP_PYTHON) $(INTEROP_GO) $(INTEROP_NODE) $(INTEROP_RUST)
+CLIENTS ?= python go node rust
+test-interop: $(VENV)/.dev protos $(addprefix check-,$(filter-out python,$(CLIENTS))) ## all CLIENTS against real daemons with a real model
+	$(INTEROP) $(foreach name,$(CLIENTS),$(INTEROP_$(name)))
 
 test-client-python: $(VENV)/.dev protos ## the Python client alone
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
-	$(INTEROP) $(INTEROP_PYTHON)
+	$(INTEROP) $(INTEROP_python)
 
 test-client-go: $(VENV)/.dev protos check-go ## the Go client alone
-	$(INTEROP) $(INTEROP_GO)
+	$(INTEROP) $(INTEROP_go)
 
 test-client-node: $(VENV)/.dev protos check-node ## the Node client alone
-	$(INTEROP) $(INTEROP_NODE)
+	$(INTEROP) $(INTEROP_node)
 
 check-go: $(VENV)/.dev
 	@clients/go/generate.sh --check
@@ -95,7 +96,7 @@ check-node: $(VENV)/.dev
 	@clients/node/generate.sh --check
 
 test-client-rust: $(VENV)/.dev protos check-rust ## the Rust client alone
-	$(INTEROP) $(INTEROP_RUST)
+	$(INTEROP) $(INTEROP_rust)
 
 check-rust: $(VENV)/.dev
 	@clients/rust/generate.sh --check

@@ -293,6 +293,10 @@ pub struct Client {
     /// When it last called.
     #[prost(message, optional, tag = "9")]
     pub last_seen_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Who the caller proved to be: token/NAME or certificate/NAME. Empty when
+    /// nothing was proven, as on a Unix socket that asks for no token.
+    #[prost(string, tag = "10")]
+    pub identity: ::prost::alloc::string::String,
 }
 impl ::prost::Name for Client {
     const NAME: &'static str = "Client";
