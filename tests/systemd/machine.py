@@ -162,13 +162,18 @@ def install(machine: Machine) -> None:
     machine.write("/opt/hotgraph/bin/hotgraph", PROGRAM, 0o755)
     machine.run("systemd-sysusers")
     machine.run("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/hotgraph.conf")
-    paths = ":".join(f"/opt/source/{index}" for index in range(len(_sources())))
-    # A Python with a library of its own looks for it where it was built, which the sandbox hides.
-    environment = f"PYTHONPATH={paths} LD_LIBRARY_PATH=/opt/python/lib HOTGRAPH_MODEL__SOURCE=fake"
+    environment = " ".join([*program_environment(), "HOTGRAPH_MODEL__SOURCE=fake"])
     test = f"[Service]\nEnvironment={environment}\nWatchdogSec={WATCHDOG_SECONDS}\n"
     for unit in ("hotgraph", "hotgraph@"):
         machine.write(f"/etc/systemd/system/{unit}.service.d/90-test.conf", test)
     machine.systemctl("daemon-reload")
+
+
+def program_environment() -> list[str]:
+    """What `hotgraph` needs inside to find its code and its Python: where these lie outside is not seen there."""
+    paths = ":".join(f"/opt/source/{index}" for index in range(len(_sources())))
+    # A Python with a library of its own looks for it where it was built, which the sandbox hides.
+    return [f"PYTHONPATH={paths}", "LD_LIBRARY_PATH=/opt/python/lib"]
 
 
 @contextmanager

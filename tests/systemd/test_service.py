@@ -22,7 +22,7 @@ import pytest
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from tests.certificates import make_authority, make_certificate
 from tests.integration.harness import Caller, refused
-from tests.systemd.machine import WATCHDOG_SECONDS, Machine, install, machine, why_not
+from tests.systemd.machine import WATCHDOG_SECONDS, Machine, install, machine, program_environment, why_not
 
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=f"a real systemd: {REASON}")]
@@ -314,6 +314,8 @@ async def test_lan(host: Machine, tmp_path: Path) -> None:
     started(host)
     await completed(host)
     status = [
+        "env",
+        *program_environment(),
         "/opt/hotgraph/bin/hotgraph",
         "status",
         "--json",
