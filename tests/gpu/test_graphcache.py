@@ -118,7 +118,7 @@ def test_the_readmes_example() -> None:
 
 
 def test_replays_while_others_are_captured() -> None:
-    """A thread that replays one graph all the time gets its bits every time, while sixty others are captured and evicted."""
+    """A thread that replays one graph all the time gets its bits every time, while sixty others or more come and go."""
     program = Program(CudaBackend(CUDA))
     with started(program) as cache, torch.inference_mode():
         assert states(cache, 5) == [GraphState.READY]
@@ -153,10 +153,12 @@ def test_replays_while_others_are_captured() -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            for _ in range(3):
+            num_rounds = 0
+            while num_rounds < 3 or (num_replays <= 100 and num_rounds < 30):  # a busy host replays few in a round
                 assert set(states(cache, *range(10, 30))) == {GraphState.READY}
                 for rows in range(10, 30):
                     cache.evict(str(rows))
+                num_rounds += 1
         finally:
             stop.set()
             thread.join()
