@@ -370,11 +370,8 @@ def tiles_kernel(
             tile = stage * PARTS + part
             tokens = token_ring.index(tile).permute((1, 0))
             product = warpgroup_mma(tiles.index(tile), tokens, product, is_async=True)
-        # The products of the step before are done now, and so its stage is free: once they are those of all warpgroups, each of
-        # which has a part of the tile's rows and waits for its own only.
+        # The products of the step before are done now, and so its stage is free: in all warps, as they meet at its barrier.
         product = warpgroup_mma_wait(PARTS, deps=[product])
-        if num_warps > 4:
-            ttgl.thread_barrier()
         freed = ttgl.where(stage == 0, STAGES - 1, stage - 1)
         next_step = step - 1 + STAGES
         is_wanted = (step > 0) & (next_step < num_steps)
@@ -389,6 +386,8 @@ def tiles_kernel(
     if PDL and TRIGGERS_LATE:
         tl.extra.cuda.gdc_launch_dependents()
     product = warpgroup_mma_wait(0, deps=[product])
+    # What changes its thread below goes through memory that was the ring's: not before every warp is done with that.
+    ttgl.thread_barrier()
     barriers._keep_alive()
 
     is_last_one = True

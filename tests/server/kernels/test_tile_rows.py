@@ -97,6 +97,10 @@ def assert_ring(kernel: Any, tuning: TileTuning, room: int, *, is_paired: bool) 
     refill = loop[loop.index("WARPGROUP.DEPBAR") :]
     if "UTMALDG.2D" in refill:
         assert refill.index("BAR.SYNC") < refill.index("UTMALDG.2D")
+    # And with all of the ring when its memory is written anew.
+    tail = ptx[re.search(r"wgmma\.wait_group\.sync\.aligned\s+0;", ptx).end() :]  # type: ignore[union-attr]
+    if "st.shared" in tail:
+        assert "bar.sync" in tail[: tail.index("st.shared")]
     assert re.search(r"\bSTG", end)
 
 
