@@ -25,8 +25,10 @@ from graphcache.optimiser import SizeHistogram, choose_ladder, ladder_seconds
 from graphcache.policy import Candidate, EvictionPolicy, LfuPolicy, LruPolicy, ValuePolicy
 from graphcache.profile import Profile, ProfileEntry
 from graphcache.settings import CacheSettings, CacheStats
+from graphcache.worker import CAPTURE_THREAD_NAME
 
 __all__ = [
+    "CAPTURE_THREAD_NAME",
     "TRANSITIONS",
     "Backend",
     "BudgetInfo",

@@ -9,7 +9,7 @@ from typing import Protocol
 
 log = logging.getLogger("graphcache")
 
-THREAD_NAME = "graphcache-capture"
+CAPTURE_THREAD_NAME = "graphcache-capture"
 RETRY_SECONDS = 1.0  # after a step that raised
 
 
@@ -65,7 +65,9 @@ class Worker:
     def __init__(self, task: Task, signal: Signal, *, is_threaded: bool) -> None:
         self._task = task
         self._signal = signal
-        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True) if is_threaded else None
+        self._thread = (
+            threading.Thread(target=self._run, name=CAPTURE_THREAD_NAME, daemon=True) if is_threaded else None
+        )
         self._changing = threading.Lock()
         self.state = WorkerState.NEW
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.gpu.models import Loaded
-from graphcache import Backend, GraphInfo, GraphState, Priority
+from graphcache import CAPTURE_THREAD_NAME, Backend, GraphInfo, GraphState, Priority, SystemClock
+from hotgraph_server.awake_cores import AwakeCores, choose_cores
 from hotgraph_server.batch import Sampler, StepKey
 from hotgraph_server.config import GIB, GraphSettings, KvCacheSettings, SchedulerSettings, Settings
 from hotgraph_server.engine import TorchEngine
@@ -214,17 +215,32 @@ async def serving(
     await engine.start()
     scheduler = Scheduler(engine, NumberTokenizer(engine.info.vocabulary_size), settings.scheduler)
     await scheduler.start()
+    # From here on as in the daemon.
+    cores = AwakeCores(
+        choose_cores(settings.server.awake_cores, gpu_address=engine.info.gpu_address),
+        quiet_seconds=settings.server.awake_seconds,
+        clock=SystemClock(),
+        is_busy=_busy(scheduler),
+        spares=[CAPTURE_THREAD_NAME],
+    )
+    cores.start()
+    scheduler.on_submit = cores.touch
     gc.collect()
-    gc.freeze()  # as the daemon does
+    gc.freeze()
     try:
         yield Service(engine, scheduler)
     finally:
         await scheduler.close()
         await engine.close()
+        await cores.close()
         gc.unfreeze()
-        del engine, scheduler
+        del engine, scheduler, cores
         if loaded.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _busy(scheduler: Scheduler) -> Callable[[], bool]:
+    return lambda: scheduler.num_requests > 0
 
 
 def failures(infos: Iterable[GraphInfo[StepKey]]) -> str:

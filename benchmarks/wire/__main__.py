@@ -93,6 +93,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="each with a daemon of its own")
     parser.add_argument("--gap-ms", type=float, default=30.0, help="pause before each request")
     parser.add_argument("--step-ms", type=float, default=3.0, help="what the engine's steps take")
+    parser.add_argument(
+        "--awake-cores", type=int, default=0, help="of the daemon; a caller has its own, which may sleep"
+    )
     parser.add_argument("--prompt", type=int, default=10, help="tokens of a prompt")
     parser.add_argument("--max-tokens", type=int, default=2, help="with 1 the end is told with the first token")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
@@ -116,7 +119,7 @@ def _run(arguments: argparse.Namespace, name: str) -> dict[str, list[float]]:
     if arguments.target:
         answers = CALLERS[name](arguments.target, requests, gap_seconds)[arguments.num_warmups :]
         return {"total": [answer.token - answer.sent for answer in answers]}
-    with traced_daemon(arguments.step_ms / 1e3) as daemon:
+    with traced_daemon(arguments.step_ms / 1e3, arguments.awake_cores) as daemon:
         cpu_seconds, begin_seconds = _cpu_seconds(daemon.process_id), time.perf_counter()
         answers = CALLERS[name](daemon.target, requests, gap_seconds)
         cpu_share = (_cpu_seconds(daemon.process_id) - cpu_seconds) / (time.perf_counter() - begin_seconds)

@@ -99,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--step-ms", type=float, default=0.0)
+    parser.add_argument("--awake-cores", type=int, default=0)
     arguments = parser.parse_args(argv)
     trace = Trace()
     trace.install()
-    settings = Settings(server=ServerSettings(listen=(f"unix:{arguments.socket}",)))
+    settings = Settings(server=ServerSettings(listen=(f"unix:{arguments.socket}",), awake_cores=arguments.awake_cores))
 
     async def build(settings: Settings, clock: Clock) -> Parts:
         return Parts(ThreadEngine(arguments.step_ms / 1e3, trace, clock), ByteTokenizer(), "fake")
@@ -122,7 +123,7 @@ class TracedDaemon:
 
 
 @contextlib.contextmanager
-def traced_daemon(step_seconds: float) -> Iterator[TracedDaemon]:
+def traced_daemon(step_seconds: float, num_awake_cores: int = 0) -> Iterator[TracedDaemon]:
     """Such a daemon as a child of this process, serving; ends it and reads its trace.
 
     Raises RuntimeError when it does not come to serve, or ends with an error.
@@ -130,7 +131,7 @@ def traced_daemon(step_seconds: float) -> Iterator[TracedDaemon]:
     with tempfile.TemporaryDirectory(prefix="hotgraph-wire-") as folder:
         socket, trace = Path(folder) / "wire.sock", Path(folder) / "trace.json"
         command = [sys.executable, "-m", "benchmarks.wire.daemon_child", "--socket", str(socket), "--trace", str(trace)]
-        command += ["--step-ms", str(step_seconds * 1e3)]
+        command += ["--step-ms", str(step_seconds * 1e3), "--awake-cores", str(num_awake_cores)]
         paths = [str(Path(__file__).parents[2]), *sys.path]  # the child finds what this process found
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         with subprocess.Popen(command, env=environment) as child:

@@ -173,3 +173,4 @@ class EngineInfo:
     kv_cache_bytes: int
     max_step_tokens: int
     run_ahead: int  # steps that may be submitted before the first of them is read, less one
+    gpu_address: str | None = None  # on the PCI bus, as the kernel writes it: "0000:18:00.0"

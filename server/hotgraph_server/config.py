@@ -115,6 +115,18 @@ class ServerSettings(Section):
     max_request_seconds: Annotated[float, Field(gt=0, le=86400, description="One request, from arrival.")] = 600.0
     drain_grace_seconds: Annotated[float, Field(ge=0, le=3600, description="For what runs when asked to stop.")] = 30.0
     reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True
+    awake_cores: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=64,
+            description="Processor cores that serve and are kept from falling asleep while requests come, at idle priority."
+            " Default: with a GPU 4 of 16 or more, 2 of 8 or more; else, or under a quota of processor time, 0.",
+        ),
+    ] = None
+    awake_seconds: Annotated[
+        float, Field(ge=1, le=86400, description="After the last request, until those cores may fall asleep.")
+    ] = 30.0
 
 
 class SchedulerSettings(Section):

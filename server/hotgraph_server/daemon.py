@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from graphcache import CacheSettings, Clock, Profile, SystemClock
+from graphcache import CAPTURE_THREAD_NAME, CacheSettings, Clock, Profile, SystemClock
+from hotgraph_server.awake_cores import AwakeCores, choose_cores
 from hotgraph_server.batch import StepKey
 from hotgraph_server.config import Settings
 from hotgraph_server.engine.interface import Engine
@@ -174,6 +175,7 @@ class Daemon:
         self._engine: Engine | None = None
         self._scheduler: Scheduler | None = None
         self._warmth: asyncio.Task[None] | None = None
+        self._cores: AwakeCores | None = None
         self._told = asyncio.Event()  # to end: by a drain, or by a failure
         self._grace_end = 0.0  # of the drain, on the event loop's clock
         self._grace: asyncio.Timeout | None = None
@@ -209,6 +211,7 @@ class Daemon:
         scheduler.on_failure = self._on_failure
         await scheduler.start()
         self._scheduler = scheduler
+        self._keep_awake(scheduler, parts.engine.info.gpu_address)
         if self._tests_itself:
             self._doing = f"testing {parts.model_id}"
             await self_test(scheduler, parts.tokenizer)
@@ -332,6 +335,8 @@ class Daemon:
             await asyncio.wait_for(self._rpc.wait_idle(), LAST_WORDS_SECONDS)
         await self._rpc.stop(CONNECTION_GRACE_SECONDS)
         await self._close_engine()
+        if self._cores is not None:
+            await self._cores.close()
         await self._supervision.stop()
         logger.info("stopped")
 
@@ -381,6 +386,18 @@ class Daemon:
                     await self._engine.close()
         except TimeoutError:
             logger.error("the engine did not end within %.0f s", CLOSE_SECONDS)
+
+    def _keep_awake(self, scheduler: Scheduler, gpu_address: str | None) -> None:
+        settings = self.settings.server
+        self._cores = AwakeCores(
+            choose_cores(settings.awake_cores, gpu_address=gpu_address),
+            quiet_seconds=settings.awake_seconds,
+            clock=self._clock,
+            is_busy=lambda: scheduler.num_requests > 0,
+            spares=[CAPTURE_THREAD_NAME],  # captures compile and record: they take what is free
+        )
+        self._cores.start()
+        scheduler.on_submit = self._cores.touch
 
     async def _watch_warmth(self, served: ServedModel, hub: EventHub) -> None:
         """Health says warm once no capture waits for the first time."""

@@ -23,7 +23,7 @@ from graphcache import (
     UnknownGraphError,
 )
 from graphcache.backends.fake import FakeCaptured
-from graphcache.worker import THREAD_NAME
+from graphcache.worker import CAPTURE_THREAD_NAME
 
 KEYS = [f"k{index}" for index in range(24)]
 DEADLINE_SECONDS = 60.0
@@ -164,7 +164,7 @@ def test_a_crowd_breaks_nothing() -> None:
         assert budget.used_bytes == sum(info.size_bytes for info in ready)
     finally:
         cache.close()
-    assert backend.threads == {THREAD_NAME}
+    assert backend.threads == {CAPTURE_THREAD_NAME}
     assert backend.live == []
     assert all(captured.num_destroys == 1 for captured in backend.made)
     assert sequences == list(range(1, cache.last_sequence + 1))

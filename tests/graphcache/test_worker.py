@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from graphcache.worker import THREAD_NAME, WORKER_TRANSITIONS, Signal, Worker, WorkerState
+from graphcache.worker import CAPTURE_THREAD_NAME, WORKER_TRANSITIONS, Signal, Worker, WorkerState
 
 DEADLINE_SECONDS = 30.0
 
@@ -69,7 +69,7 @@ def test_everything_runs_on_one_thread_in_order() -> None:
     assert task.stepped.acquire(timeout=DEADLINE_SECONDS)
     worker.close()
     assert task.calls == ["open", "step", "step", "shut"]
-    assert task.threads == {THREAD_NAME}
+    assert task.threads == {CAPTURE_THREAD_NAME}
     assert repr(worker) == "Worker(closed)"
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
@@ -19,7 +20,7 @@ from grpc_health.v1 import health_pb2
 
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from hotgraph_server.config import ModelSettings, ServerSettings, Settings
-from tests.integration.harness import Caller, refused
+from tests.integration.harness import Caller, eventually, refused
 from tests.integration.processes import Process, process
 
 PROGRAM = """
@@ -193,3 +194,40 @@ async def test_impossible_address_is_a_bad_setting(listen: str) -> None:
         assert await daemon.ended() == 78
         assert len([line for line in daemon.log if "ERROR" in line]) == 1
         assert not any("Traceback" in line for line in daemon.log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are kept awake on Linux only")
+async def test_cores_are_awake_while_requests_come(folder: Path) -> None:
+    """A child spins at idle priority, sleeps when it has been quiet, wakes with the next request, and ends with the daemon."""
+    address = f"unix:{folder}/s"
+    core = min(os.sched_getaffinity(0))
+    async with run_fake(fake_settings(address, awake_cores=1, awake_seconds=1.0)) as daemon:
+        await daemon.logged("serving fake")
+        child = child_of(daemon.process.pid)
+        await eventually(lambda: os.sched_getscheduler(child) == os.SCHED_IDLE)
+        served_by = os.sched_getaffinity(daemon.process.pid)
+        assert len(served_by) == 1
+        assert served_by != {core} or len(os.sched_getaffinity(0)) == 1  # the first core is left alone if it can be
+        async with Caller(address) as caller:
+            await caller.check_alive()
+            await eventually(lambda: state_of(child) == "T")
+            stream = caller.inference.Generate(GenerateRequest(text="x", max_tokens=200))
+            await stream.read()
+            assert state_of(child) in "RS"
+            assert (await remaining_kinds(stream))[-1] == "finished"
+        daemon.signal(signal.SIGTERM)
+        assert await daemon.ended() == 0
+        assert not is_there(child)
+
+
+def child_of(process_id: int) -> int:
+    return int(Path(f"/proc/{process_id}/task/{process_id}/children").read_text())
+
+
+def is_there(process_id: int) -> bool:
+    return Path(f"/proc/{process_id}").exists()
+
+
+def state_of(process_id: int) -> str:
+    """As in ps: R runs, S sleeps, T is stopped."""
+    return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]

@@ -11,7 +11,7 @@ import logging
 import platform
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -262,6 +262,7 @@ class TorchEngine:
             kv_cache_bytes=kv_cache.size_bytes,
             max_step_tokens=max_step_tokens,
             run_ahead=self._run_ahead,
+            gpu_address=gpu_address(device),
         )
 
     def _warm_up(self, context_length: int) -> None:
@@ -427,3 +428,11 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def gpu_address(device: torch.device) -> str | None:
+    """Where the GPU is on the PCI bus, as the kernel writes it; None for anything else."""
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types leave some of them out
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

@@ -66,6 +66,9 @@ class Scheduler:
         """The engine must be started."""
         info = engine.info
         self.on_failure: Callable[[HotgraphError], None] | None = None
+        self.on_submit: Callable[[], None] | None = (
+            None  # first of all, for whatever a request that comes should find awake
+        )
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = settings
@@ -134,6 +137,8 @@ class Scheduler:
         Raises DrainingError, EngineFailedError, DuplicateRequestError, DeadlineError, ContextLengthError, QueueFullError,
         GraphNotReadyError, NotPossibleError or InvalidRequestError; nothing is kept of a request that was refused.
         """
+        if self.on_submit is not None:
+            self.on_submit()
         if self._failure is not None:
             raise self._failure
         if self._is_draining:
