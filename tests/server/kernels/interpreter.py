@@ -12,7 +12,8 @@ _ROOT = Path(__file__).parents[3]
 
 def run_interpreted(file: Path, *, timeout_seconds: float = 240) -> None:
     """Runs it in a process of its own, as Triton decides when it is imported; fails with pytest's output if a test fails."""
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.server.kernels.quick_interpreter"]
+    arguments = ["-m", "pytest", "-q", *plugins, str(file)]
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=_ROOT,
