@@ -1,7 +1,8 @@
 """Real daemons for the tests of clients in any language: their addresses as JSON, and a report of what passed.
 
-Two daemons with the embedded model, relays that hand connections over and cut them, and a gateway with TLS and tokens, which
-stands for daemons that ask for them. It knows no client. The interface for a language's tests is in README.md.
+Two daemons with the embedded model, relays that hand connections over and cut them, and two daemons with the fake engine that
+speak TLS: one asks for a token, the other for a certificate. It knows no client. The interface for a language's tests is in
+README.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.interop.gateway import Gateway
+from tests.certificates import make_authority, make_certificate
 from tests.interop.relay import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,11 +36,11 @@ CUT_AFTER_BYTES = 1500  # of what the server sends: some twenty tokens
 class SupervisedDaemon:
     """`hotgraph serve` in a process of its own, which is started again whenever it ends, as a supervisor would."""
 
-    def __init__(self, folder: Path, name: str, *flags: str) -> None:
+    def __init__(self, folder: Path, name: str, *flags: str, model: str = MODEL) -> None:
         self.socket = folder / f"{name}.sock"
         self.target = f"unix:{self.socket}"
         self._log = folder / f"{name}.log"
-        self._flags = flags
+        self._flags = ("--model", model, *flags)
         self._process: asyncio.subprocess.Process | None = None
         self._failure = ""  # the log of a process that ended without having served
 
@@ -63,8 +65,15 @@ class SupervisedDaemon:
                 await asyncio.sleep(0.05)
         return text
 
+    async def wait_port(self) -> int:
+        """Of its TCP address on 127.0.0.1, as `wait_serving`."""
+        log = await self.wait_serving()
+        address = re.search(r"127\.0\.0\.1:(\d+)", log)
+        assert address is not None, log
+        return int(address.group(1))
+
     async def _start(self) -> None:
-        command = [sys.executable, "-m", "hotgraph_server.cli", "serve", "--model", MODEL, "--num-threads", "1"]
+        command = [sys.executable, "-m", "hotgraph_server.cli", "serve", "--num-threads", "1"]
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command, "--listen", self.target, *self._flags, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -116,30 +125,57 @@ class Harness:
         return await process.wait()
 
 
+def make_secrets(folder: Path) -> str:
+    """An authority, certificates of a server and a client, and a file of one token, which is returned."""
+    make_authority(folder, "ca")
+    make_certificate(folder, "server")
+    make_certificate(folder, "client", usage="clientAuth", names="DNS:client.test")
+    token = secrets.token_urlsafe()
+    tokens = folder / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text(f"use interop {token}\n", encoding="utf-8")
+    return token
+
+
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[Harness]:
     """All there is for the tests, in processes and in this one. `folder` is short, since a socket's path is."""
-    main = SupervisedDaemon(folder, "main", "--listen", "127.0.0.1:0")
+    token = make_secrets(folder)
+    certificate = ("--tls-certificate", f"{folder}/server.pem", "--tls-key", f"{folder}/server.key")
+    over_tcp = ("--listen", "127.0.0.1:0")
+    main = SupervisedDaemon(folder, "main", *over_tcp)
     drained = SupervisedDaemon(folder, "drained")
+    # How callers prove who they are is one setting of a daemon, for all its TCP addresses. The model does not matter for it.
+    with_token = SupervisedDaemon(
+        folder, "token", *over_tcp, *certificate, "--token-file", f"{folder}/tokens", model="fake"
+    )
+    with_certificate = SupervisedDaemon(
+        folder, "certificate", *over_tcp, *certificate, "--tls-client-ca", f"{folder}/ca.pem", model="fake"
+    )
+    daemons = [main, drained, with_token, with_certificate]
     async with AsyncExitStack() as stack:
-        for daemon in (main, drained):
+        for daemon in daemons:
             await stack.enter_async_context(daemon.running())
-        gateway = Gateway(folder, main.target)
         handover = Relay(folder / "handover.sock", [drained.socket, main.socket])
         cut = Relay(folder / "cut.sock", [main.socket], cut_after_bytes=CUT_AFTER_BYTES)
-        for context in (gateway, handover, cut):
-            await stack.enter_async_context(context.running())
-        log, _ = await asyncio.gather(main.wait_serving(), drained.wait_serving())
-        address = re.search(r"127\.0\.0\.1:\d+", log)
-        assert address is not None, log
+        for relay in (handover, cut):
+            await stack.enter_async_context(relay.running())
+        port, token_port, certificate_port, _ = await asyncio.gather(
+            main.wait_port(), with_token.wait_port(), with_certificate.wait_port(), drained.wait_serving()
+        )
         addresses = {
             "model": MODEL,
             "unix": main.target,
-            "tcp": address.group(),
-            "tls": gateway.tls,
-            "mutual_tls": gateway.mutual_tls,
+            "tcp": f"127.0.0.1:{port}",
+            "tls": {"target": f"localhost:{token_port}", "root_certificates": f"{folder}/ca.pem", "token": token},
+            "mutual_tls": {
+                "target": f"localhost:{certificate_port}",
+                "root_certificates": f"{folder}/ca.pem",
+                "certificate_chain": f"{folder}/client.pem",
+                "private_key": f"{folder}/client.key",
+            },
             "handover": {"target": handover.target, "drained": drained.target},
             "cut": cut.target,
             "vectors": str(ROOT / "tests" / "contract" / "vectors.json"),
         }
-        yield Harness(folder, [main, drained], addresses)
+        yield Harness(folder, daemons, addresses)
