@@ -15,9 +15,9 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-go protos-node protos-rust vectors fmt check contract test test-clients test-interop \
-	test-client-python test-client-go test-client-node test-client-rust check-go check-node check-rust test-gpu bench \
-	bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-go protos-node protos-rust protos-java vectors fmt check contract test test-clients \
+	test-interop test-client-python test-client-go test-client-node test-client-rust test-client-java check-go check-node \
+	check-rust check-java test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ protos-node: $(VENV)/.dev ## generate the TypeScript stubs, which are committed,
 
 protos-rust: $(VENV)/.dev ## generate the Rust stubs, which are committed, again after an edit of protos/
 	@clients/rust/generate.sh
+
+protos-java: ## generate the Java stubs, which the build makes too and nobody commits, from protos/
+	@clients/java/generate.sh
 
 vectors: $(VENV)/.dev protos ## make the golden wire vectors of tests/contract again after an edit of protos/
 	@$(BIN)/python -m tests.contract.vectors
@@ -70,12 +73,13 @@ INTEROP_python := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.
 INTEROP_go := "go=clients/go/test.sh"
 INTEROP_node := "node=clients/node/test.sh"
 INTEROP_rust := "rust=clients/rust/test.sh"
+INTEROP_java := "java=clients/java/test.sh"
 
 test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(MAKE) test-interop
 
-CLIENTS ?= python go node rust
+CLIENTS ?= python go node rust java
 test-interop: $(VENV)/.dev protos $(addprefix check-,$(filter-out python,$(CLIENTS))) ## all CLIENTS against real daemons with a real model
 	$(INTEROP) $(foreach name,$(CLIENTS),$(INTEROP_$(name)))
 
@@ -101,6 +105,12 @@ test-client-rust: $(VENV)/.dev protos check-rust ## the Rust client alone
 check-rust: $(VENV)/.dev
 	@clients/rust/generate.sh --check
 
+test-client-java: $(VENV)/.dev protos check-java ## the Java client alone
+	$(INTEROP) $(INTEROP_java)
+
+check-java:
+	@clients/java/generate.sh --check
+
 test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGUMENTS)
 
@@ -119,7 +129,7 @@ bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and p
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target
+	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target clients/java/*/target
 	find protos -name '*_pb2*' -delete
 
 $(BIN)/python:

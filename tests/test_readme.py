@@ -72,6 +72,7 @@ def test_measured_figures_come_from_the_results() -> None:
         "clients/python/README.md",
         "clients/go/README.md",
         "clients/node/README.md",
+        "clients/java/README.md",
         "docs/clients.md",
         "docs/paper.md",
         "tests/interop/README.md",

@@ -11,13 +11,10 @@ import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
 
 /**
- * One server-streaming call, read by one thread that waits. Some messages are taken in ahead of the reader, so that
- * what had arrived before a connection failed is not lost with it; a reader that stops makes the server stop all the
- * same.
+ * One server-streaming call, read by one thread that waits. One message is taken in ahead of the reader, so that a
+ * reader that stops makes the server stop; gRPC hands over what had arrived before a connection failed all the same.
  */
 final class MessageStream<R> {
-    private static final int NUM_AHEAD = 64;
-
     /** A message, or else the end: with this error or, when it is null, with OK. */
     record Arrival<R>(R message, HotgraphException error) {
         boolean isEnd() {
@@ -38,7 +35,7 @@ final class MessageStream<R> {
         ClientCall<Q, R> call = channel.newCall(method, options);
         MessageStream<R> stream = new MessageStream<>(call);
         call.start(stream.listener(), new Metadata());
-        call.request(NUM_AHEAD);
+        call.request(1);
         call.sendMessage(request);
         call.halfClose();
         return stream;

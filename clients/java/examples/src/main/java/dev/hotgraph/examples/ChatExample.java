@@ -15,16 +15,23 @@ import java.nio.charset.StandardCharsets;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.logging.Level;
+import java.util.logging.Logger;
 
 /**
  * A conversation with the model in the terminal: one line is one turn, Ctrl-D ends it. Its argument is the target, such
  * as unix:hotgraph.sock, or HOST:PORT with HOTGRAPH_ROOTS, a PEM file, for TLS; HOTGRAPH_TOKEN is the token.
  */
 public final class ChatExample {
+    // gRPC warns of each Unix socket that it has no SO_KEEPALIVE. Kept here: a logger that nobody holds forgets its
+    // level.
+    private static final Logger TRANSPORT = Logger.getLogger("io.grpc.netty.shaded");
+
     private ChatExample() {}
 
     /** Runs it. */
     public static void main(String[] arguments) throws IOException {
+        TRANSPORT.setLevel(Level.SEVERE);
         HotgraphClient.Builder builder =
                 HotgraphClient.builder(arguments.length > 0 ? arguments[0] : HotgraphClient.DEFAULT_TARGET);
         String roots = System.getenv("HOTGRAPH_ROOTS");
