@@ -54,7 +54,7 @@ public final class Generation implements Iterable<GenerateResponse>, AutoCloseab
     private long waitNanos;
     private boolean isSettled;
 
-    /** Opens the first connection. timeout is zero for none. Throws when the client was closed. */
+    /** Opens the first connection. Throws when the client was closed. */
     Generation(
             Channel channel,
             CallOptions options,
@@ -194,14 +194,9 @@ public final class Generation implements Iterable<GenerateResponse>, AutoCloseab
 
     /** Ends the progress with why this side ended it, and returns that. */
     private HotgraphException ended() {
-        boolean isTime = context.isCancelled() ? context.cancellationCause() instanceof TimeoutException : true;
+        boolean isTime = !context.isCancelled() || context.cancellationCause() instanceof TimeoutException;
         release();
         synchronized (lock) {
-            if (progress.isEnded()) {
-                return progress.error() != null
-                        ? progress.error()
-                        : HotgraphException.of(Status.Code.CANCELLED, "the generation had ended");
-            }
             if (why.isEmpty() && isTime) {
                 return progress.fail(HotgraphException.of(Status.Code.DEADLINE_EXCEEDED, "the deadline passed"));
             }

@@ -97,7 +97,7 @@ public class HotgraphException extends StatusRuntimeException {
     /** The code with the reason, where there is one, and the description. */
     @Override
     public String getMessage() {
-        String reason = details == null || details.reasonName.isEmpty() ? "" : " (" + details.reasonName + ")";
+        String reason = details.reasonName.isEmpty() ? "" : " (" + details.reasonName + ")";
         return code() + reason + ": " + description();
     }
 
