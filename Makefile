@@ -15,9 +15,9 @@ GPU_RESULTS ?= benchmarks/results/gpu
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-go protos-node protos-rust protos-java vectors fmt check contract test test-clients \
-	test-interop test-client-python test-client-go test-client-node test-client-rust test-client-java check-go check-node \
-	check-rust check-java test-gpu bench bench-gpu bench-kernels clean
+.PHONY: help demo install protos protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
+	test-clients test-interop test-client-python test-client-cpp test-client-go test-client-java test-client-node test-client-rust \
+	check-cpp check-go check-java check-node check-rust test-gpu bench bench-gpu bench-kernels clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ install: $(VENV)/.dev ## set up .venv with the package, its stubs and all tools
 
 protos: $(VENV)/.dev ## generate the Python stubs again after an edit of protos/
 	@$(BIN)/python hatch_build.py
+
+protos-cpp: ## generate the C++ stubs, which CMake does in every build: they fit one release of protobuf alone
+	@clients/cpp/generate.sh
 
 protos-go: $(VENV)/.dev ## generate the Go stubs, which are committed, again after an edit of protos/
 	@clients/go/generate.sh
@@ -70,6 +73,7 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 # A language's test command, run by tests/interop against real daemons. INTEROP_FLAGS=--record keeps what passed.
 INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)
 INTEROP_python := "python=$(BIN)/python -m pytest -q tests/interop/python_cases.py"
+INTEROP_cpp := "cpp=clients/cpp/test.sh"
 INTEROP_go := "go=clients/go/test.sh"
 INTEROP_node := "node=clients/node/test.sh"
 INTEROP_rust := "rust=clients/rust/test.sh"
@@ -79,7 +83,7 @@ test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all l
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(MAKE) test-interop
 
-CLIENTS ?= python go node rust java
+CLIENTS ?= python cpp go java node rust
 test-interop: $(VENV)/.dev protos $(addprefix check-,$(filter-out python,$(CLIENTS))) ## all CLIENTS against real daemons with a real model
 	$(INTEROP) $(foreach name,$(CLIENTS),$(INTEROP_$(name)))
 
@@ -87,11 +91,18 @@ test-client-python: $(VENV)/.dev protos ## the Python client alone
 	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
 	$(INTEROP) $(INTEROP_python)
 
+test-client-cpp: $(VENV)/.dev protos check-cpp ## the C++ client alone
+	$(INTEROP) $(INTEROP_cpp)
+
 test-client-go: $(VENV)/.dev protos check-go ## the Go client alone
 	$(INTEROP) $(INTEROP_go)
 
 test-client-node: $(VENV)/.dev protos check-node ## the Node client alone
 	$(INTEROP) $(INTEROP_node)
+
+# Skips with a reason where protoc 3.21 is not the one on PATH, nor named by PROTOC.
+check-cpp: $(VENV)/.dev protos ## does protoc 3.21, the oldest that C++ users have, take the protos?
+	$(BIN)/python -m pytest -q -rs tests/contract/test_cpp.py
 
 check-go: $(VENV)/.dev
 	@clients/go/generate.sh --check
@@ -129,7 +140,8 @@ bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and p
 
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target clients/java/*/target
+	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target clients/java/*/target \
+	  clients/cpp/build
 	find protos -name '*_pb2*' -delete
 
 $(BIN)/python:

@@ -70,6 +70,7 @@ def test_measured_figures_come_from_the_results() -> None:
         "CONTRIBUTING.md",
         "graphcache/README.md",
         "clients/python/README.md",
+        "clients/cpp/README.md",
         "clients/go/README.md",
         "clients/node/README.md",
         "clients/java/README.md",

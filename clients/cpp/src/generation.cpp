@@ -51,7 +51,8 @@ Generation::Reader::~Reader() {
     if (progress_.finished()) settle();
 }
 
-// Begins the next connection. What goes wrong there is told by the first read.
+// Begins the next connection. What goes wrong there is told by the first read; it throws when the time is over, and
+// what the token's source throws.
 void Generation::Reader::open() {
     v1::GenerateRequest request;
     {
@@ -93,6 +94,11 @@ std::optional<v1::GenerateResponse> Generation::Reader::next() {
             }
         }
     } catch (...) {
+        {
+            const std::lock_guard lock(mutex_);
+            // The token's source failed, say: there is no connection to go on with.
+            if (progress_.state() != State::ended) progress_.end(std::current_exception());
+        }
         replace(nullptr);
         throw;
     }

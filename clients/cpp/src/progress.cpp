@@ -301,9 +301,13 @@ Progress::Event Progress::finish(v1::Finished finished) {
 
 void Progress::fail(Failure failure) { fail_with(error_of(std::move(failure))); }
 
-void Progress::fail_with(std::exception_ptr error) {
-    error_ = error;
+void Progress::end(std::exception_ptr error) {
     move(State::ended);
+    error_ = std::move(error);
+}
+
+void Progress::fail_with(std::exception_ptr error) {
+    end(error);
     std::rethrow_exception(error);
 }
 

@@ -64,6 +64,8 @@ class Progress {
     Loss lose(const std::optional<Failure>& cause);
     // Ends it with this failure, and throws it.
     [[noreturn]] void fail(Failure failure);
+    // Ends it with an error that is not the connection's.
+    void end(std::exception_ptr error);
 
     State state() const { return state_; }
     // What it failed with; null when it did not.

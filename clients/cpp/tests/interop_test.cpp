@@ -94,6 +94,7 @@ class Interop : public ::testing::Test {
     std::optional<Client> client;
 };
 
+// A call whose request has no field (GetStatus) answers.
 TEST_F(Interop, UnaryEmpty) {
     const auto status = client->call(&Admin::GetStatus, {});
     EXPECT_EQ(status.state(), v1::DAEMON_STATE_SERVING);
@@ -101,6 +102,7 @@ TEST_F(Interop, UnaryEmpty) {
     testing::passed("unary_empty");
 }
 
+// Tokenize of a text of 1 MB answers with pieces that join to that text.
 TEST_F(Interop, UnaryLarge) {
     std::string text;
     while (text.size() < 1 << 20) text += "All that is gold does not glitter; \xc3\xa9\xe6\xbc\xa2\xf0\x9f\x98\x80 ";
@@ -114,6 +116,7 @@ TEST_F(Interop, UnaryLarge) {
     testing::passed("unary_large");
 }
 
+// A request over the server's limit fails as MESSAGE_TOO_LARGE with the limit in the metadata.
 TEST_F(Interop, RequestTooLarge) {
     v1::TokenizeRequest request;
     request.set_text(std::string(5 << 20, 'x'));
@@ -124,6 +127,7 @@ TEST_F(Interop, RequestTooLarge) {
     testing::passed("request_too_large");
 }
 
+// UTF-8 of every length, control characters and NUL come back from Detokenize as they went to Tokenize.
 TEST_F(Interop, Text) {
     ASSERT_EQ(kStrange.substr(kStrange.size() - 5), std::string("\0 end", 5));
     v1::TokenizeRequest request;
@@ -135,6 +139,7 @@ TEST_F(Interop, Text) {
     testing::passed("text");
 }
 
+// Generate tells started, tokens and finished in this order, with usage, timings and receipt.
 TEST_F(Interop, Stream) {
     std::vector<v1::GenerateResponse::EventCase> order;
     std::string text;
@@ -165,6 +170,7 @@ TEST_F(Interop, Stream) {
     testing::passed("stream");
 }
 
+// Complete gives the ids and the text of Generate for the same seed.
 TEST_F(Interop, StreamIsUnary) {
     v1::GenerateRequest request;
     request.set_text("Once upon a time");
@@ -188,6 +194,7 @@ TEST_F(Interop, StreamIsUnary) {
     testing::passed("stream_is_unary");
 }
 
+// A conversation in the model's own template is answered: the capital of France is Paris.
 TEST_F(Interop, Chat) {
     v1::GenerateRequest request = greedy("", 24);
     request.clear_stop();
@@ -197,6 +204,7 @@ TEST_F(Interop, Chat) {
     testing::passed("chat");
 }
 
+// A reader that stops for a while gets every token all the same, and others are served meanwhile.
 TEST_F(Interop, SlowReader) {
     const v1::GenerateRequest request = greedy("The sky is", 40);
     const auto fast = client->generate(request).result();
@@ -212,6 +220,7 @@ TEST_F(Interop, SlowReader) {
     testing::passed("slow_reader");
 }
 
+// A stream left before its first event holds no slot any more.
 TEST_F(Interop, CancelAtOnce) {
     Generation generation = client->generate(greedy("The sky is", 1000));
     generation.cancel();
@@ -222,6 +231,7 @@ TEST_F(Interop, CancelAtOnce) {
     testing::passed("cancel_at_once");
 }
 
+// A stream left after some tokens ends as cancelled and holds no slot any more.
 TEST_F(Interop, CancelMidway) {
     {
         Generation generation = client->generate(greedy("The sky is", 1000));
@@ -244,6 +254,7 @@ TEST_F(Interop, CancelMidway) {
     testing::passed("cancel_midway");
 }
 
+// A call's deadline ends it as DEADLINE_EXCEEDED within a second of its time, and the slot is free.
 TEST_F(Interop, Deadline) {
     const auto begin = SteadyClock::now();
     GenerateOptions options;
@@ -256,6 +267,7 @@ TEST_F(Interop, Deadline) {
     testing::passed("deadline");
 }
 
+// GenerateRequest.timeout ends the request as DEADLINE_EXCEEDED without a deadline of the call.
 TEST_F(Interop, TimeoutField) {
     v1::GenerateRequest request = greedy("The sky is", 1000);
     request.mutable_timeout()->set_nanos(500000000);
@@ -265,6 +277,7 @@ TEST_F(Interop, TimeoutField) {
     testing::passed("timeout_field");
 }
 
+// An invalid request names each of its wrong fields, and why.
 TEST_F(Interop, Violations) {
     v1::GenerateRequest request;
     request.set_request_id("no spaces");
@@ -309,6 +322,7 @@ TEST_F(Interop, Violations) {
     testing::passed("violations");
 }
 
+// A status message and details with UTF-8 and control characters arrive as they were sent.
 TEST_F(Interop, StatusMessage) {
     v1::GetModelRequest request;
     request.set_name("na\xc3\xafve \xf0\x9f\x98\x80\t\n\x7f%");
@@ -320,6 +334,7 @@ TEST_F(Interop, StatusMessage) {
     testing::passed("status_message");
 }
 
+// NOT_FOUND tells the type and the name of what is not there.
 TEST_F(Interop, NotFound) {
     v1::GetGraphRequest request;
     request.set_name("graphs/none");
@@ -331,6 +346,7 @@ TEST_F(Interop, NotFound) {
     testing::passed("not_found");
 }
 
+// A refusal that may pass tells after how long to come again.
 TEST_F(Interop, RetryInfo) {
     // What another test captured goes, so that there is something to wait for.
     v1::ListGraphsRequest ready;
@@ -352,6 +368,7 @@ TEST_F(Interop, RetryInfo) {
     testing::passed("retry_info");
 }
 
+// An unknown method and an unknown service fail as UNIMPLEMENTED.
 TEST_F(Interop, Unimplemented) {
     google::protobuf::Empty empty;
     for (const std::string method : {"/hotgraph.v1.InferenceService/Dream", "/hotgraph.v1.DreamService/Dream"}) {
@@ -360,6 +377,7 @@ TEST_F(Interop, Unimplemented) {
     testing::passed("unimplemented");
 }
 
+// X-client-id and the user agent are what ListClients shows.
 TEST_F(Interop, ClientId) {
     ClientOptions options;
     options.client_id = "interop-cpp";
@@ -395,6 +413,7 @@ class InteropGraphs : public Interop {
     v1::Graph graph;
 };
 
+// A list of several pages is read whole.
 TEST_F(InteropGraphs, Pages) {
     v1::ListGraphsRequest one;
     one.set_page_size(1);
@@ -408,6 +427,7 @@ TEST_F(InteropGraphs, Pages) {
     testing::passed("pages");
 }
 
+// A prewarmed graph is listed, got, pinned and unpinned, and the watch tells of it.
 TEST_F(InteropGraphs, Watch) {
     v1::GetGraphRequest get;
     get.set_name(graph.name());
@@ -437,6 +457,7 @@ TEST_F(InteropGraphs, Watch) {
     testing::passed("graphs");
 }
 
+// Grpc.health.v1 tells SERVING, and NOT_FOUND of a service it does not know.
 TEST_F(Interop, Health) {
     EXPECT_EQ(client->check_health(), Health::serving);
     HealthWatch watch = client->watch_health("hotgraph.v1.InferenceService");
@@ -456,12 +477,14 @@ void expect_refused(const Client& client, StatusCode code, v1::ErrorReason reaso
     refusal([&] { client.complete(greedy("hello", 1), kPatience); }, code, reason);
 }
 
+// The same over TCP.
 TEST_F(Interop, Tcp) {
     expect_answers(Client(told.tcp));
     expect_answers(Client("ipv4:127.0.0.1:1," + told.tcp));  // nobody listens at the first address
     testing::passed("tcp");
 }
 
+// Over TLS with a CA of one's own; not without it.
 TEST_F(Interop, TlsWithAnOwnAuthority) {
     ClientOptions options = once();
     options.token = told.tls.token;
@@ -474,6 +497,7 @@ TEST_F(Interop, TlsWithAnOwnAuthority) {
     testing::passed("tls");
 }
 
+// With a bearer token; without one or with a wrong one UNAUTHENTICATED.
 TEST_F(Interop, Token) {
     ClientOptions options = once();
     options.tls = Tls::from_files(told.tls.roots);
@@ -487,6 +511,7 @@ TEST_F(Interop, Token) {
     testing::passed("token");
 }
 
+// Over mutual TLS with a client certificate; not without one.
 TEST_F(Interop, MutualTls) {
     const auto& mutual = told.mutual_tls;
     ClientOptions options = once();
@@ -521,6 +546,7 @@ class InteropResume : public Interop {
     v1::CompleteResponse whole;
 };
 
+// A stream whose connection is cut goes on over a new one: the tokens of an unbroken stream.
 TEST_F(InteropResume, Cut) {
     GenerateOptions patient;
     patient.resume_policy.emplace().max_losses = 64;
@@ -540,6 +566,7 @@ TEST_F(InteropResume, Cut) {
     testing::passed("cut_and_resume");
 }
 
+// A stream whose daemon drains goes on at the next one: the tokens of an unbroken stream.
 TEST_F(InteropResume, Drain) {
     const Client drained(told.handover.drained);
     Generation generation = Client(told.handover.target).generate(request);
@@ -557,6 +584,7 @@ TEST_F(InteropResume, Drain) {
     testing::passed("drain_and_resume");
 }
 
+// 200 calls on one channel and one on each of 20 channels all succeed.
 TEST_F(Interop, Soak) {
     v1::DetokenizeRequest request;
     request.add_token_ids(504);

@@ -75,6 +75,7 @@ std::unique_ptr<Progress> begun(const v1::GenerateRequest& request, Resume resum
     return progress;
 }
 
+// The next connection is asked for what is missing, and the caller sees one unbroken answer.
 TEST(Progress, GoesOnWithWhatItHas) {
     v1::GenerateRequest request = seeded();
     request.set_num_choices(3);
@@ -100,6 +101,7 @@ TEST(Progress, GoesOnWithWhatItHas) {
     EXPECT_EQ(p->request().resume_size(), 0);
 }
 
+// A later connection gets the time that is left, and none is opened when there is none.
 TEST(Progress, AsksForTheTimeThatIsLeft) {
     const auto p = begun(seeded(), Resume::always, {started(7), tokens(0, {1})}, 60s);
     p->lose(std::nullopt);
@@ -112,6 +114,7 @@ TEST(Progress, AsksForTheTimeThatIsLeft) {
     EXPECT_EQ(p->state(), State::ended);
 }
 
+// Refusals, wrong requests and deadlines are not losses; what may come of the way between is.
 TEST(Progress, KnowsWhatIsALoss) {
     const struct {
         const char* name;
@@ -132,6 +135,7 @@ TEST(Progress, KnowsWhatIsALoss) {
     for (const auto& c : cases) EXPECT_EQ(is_loss(c.failure, c.is_answered), c.is_loss) << c.name;
 }
 
+// It goes on where the answer can be repeated or the caller said so, and tells what came where it does not.
 TEST(Progress, DoesNotAlwaysGoOn) {
     v1::GenerateRequest greedy;
     greedy.mutable_sampling()->set_temperature(0);
@@ -163,6 +167,7 @@ TEST(Progress, DoesNotAlwaysGoOn) {
     EXPECT_NO_THROW(p->lose(std::nullopt)) << "before any token there is nothing to contradict";
 }
 
+// What the daemon itself says is not dressed up as a lost server.
 TEST(Progress, TellsTheDaemonsOwnErrorAsItIs) {
     const auto p = begun(seeded(), Resume::never, {started(7), tokens(0, {1})});
     EXPECT_THROW(p->lose(told(grpc::StatusCode::UNAVAILABLE, "DRAINING")), RetryableError);
@@ -171,6 +176,7 @@ TEST(Progress, TellsTheDaemonsOwnErrorAsItIs) {
     EXPECT_TRUE(q->error());
 }
 
+// A request that kills servers ends after max_losses of them.
 TEST(Progress, BoundsLosses) {
     const auto p = begun(seeded(), Resume::always, {started(7), tokens(0, {1})});
     for (int i = 0; i < p->policy().max_losses; ++i) {
@@ -181,6 +187,7 @@ TEST(Progress, BoundsLosses) {
     EXPECT_THROW(p->lose(bare(grpc::StatusCode::UNAVAILABLE)), LostError);
 }
 
+// Tries in a row are bounded, and the waits between them grow up to the longest.
 TEST(Progress, BoundsAttemptsAndWaits) {
     const auto p = begun(seeded(), Resume::always, {started(7), tokens(0, {1})});
     std::chrono::nanoseconds last{0};
@@ -194,6 +201,7 @@ TEST(Progress, BoundsAttemptsAndWaits) {
     EXPECT_THROW(p->lose(bare(grpc::StatusCode::UNAVAILABLE)), LostError);
 }
 
+// It comes back no sooner than told, and not at all when that is too late.
 TEST(Progress, WaitsAsLongAsToldAndNoLongerThanTheDeadline) {
     const Failure draining = told(grpc::StatusCode::UNAVAILABLE, "DRAINING", 9s);
     const auto p = begun(seeded(), Resume::always, {started(7), tokens(0, {1})});
@@ -202,6 +210,7 @@ TEST(Progress, WaitsAsLongAsToldAndNoLongerThanTheDeadline) {
     EXPECT_THROW(q->lose(draining), RetryableError);
 }
 
+// A server that would give another answer is not gone on with.
 TEST(Progress, TakesNoOtherAnswer) {
     const auto p = begun(seeded(), Resume::always, {started(7), tokens(0, {1})});
     p->lose(std::nullopt);
@@ -209,6 +218,7 @@ TEST(Progress, TakesNoOtherAnswer) {
     EXPECT_THROW(p->receive(started(8)), LostError);
 }
 
+// When only Finished was lost it is made here.
 TEST(Progress, NeedsNoServerForFinishedAlone) {
     const auto p = begun(seeded(), Resume::never, {started(7), tokens(0, {1, 2}, true)});
     const auto event = p->lose(bare(grpc::StatusCode::UNAVAILABLE)).event;
@@ -220,6 +230,7 @@ TEST(Progress, NeedsNoServerForFinishedAlone) {
     EXPECT_EQ(p->state(), State::ended);
 }
 
+// The id of a later try is no longer than the contract lets it be.
 TEST(Progress, KeepsLongRequestIdsValid) {
     v1::GenerateRequest request = seeded();
     request.set_request_id(std::string(128, 'i'));
@@ -229,6 +240,7 @@ TEST(Progress, KeepsLongRequestIdsValid) {
     EXPECT_EQ(id, std::string(119, 'i') + "/resume-1");
 }
 
+// A long prefill is no pause; one between tokens is.
 TEST(Progress, BoundsPausesOnceTokensFlow) {
     ResumePolicy policy;
     policy.idle = 1s;
@@ -240,6 +252,7 @@ TEST(Progress, BoundsPausesOnceTokensFlow) {
     EXPECT_TRUE(p.is_idle_bounded());
 }
 
+// After its end nothing can be opened, and what failed has no whole answer.
 TEST(Progress, EndsOnce) {
     const auto p = begun(seeded(), Resume::always, {started(7)});
     EXPECT_THROW(p->fail(bare(grpc::StatusCode::CANCELLED)), CancelledError);

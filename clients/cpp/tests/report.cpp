@@ -60,6 +60,7 @@ void passed(const std::string& name) {
     if (!::testing::Test::HasFailure()) report("passed " + name);
 }
 
+// The report names the language and gRPC's version.
 TEST(Report, TellsVersions) {
     report("language C++ 17 (g++ " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__) + ")");
     report("library grpc++ " + grpc::Version());

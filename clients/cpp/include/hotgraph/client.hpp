@@ -36,7 +36,8 @@ class Client {
     // name that gRPC resolves. Throws SetupError for what cannot work or is not safe.
     explicit Client(const std::string& target = kDefaultTarget, ClientOptions options = {});
 
-    // Starts a generation.
+    // Starts a generation. What goes wrong with the call is told by the first read. Throws DeadlineError when its time
+    // is over already, and what the token's source throws.
     Generation generate(v1::GenerateRequest request, const GenerateOptions& options = {}) const;
 
     // Generates and answers once, with all of it. It is one unary call, which gRPC sends again when the server is not
