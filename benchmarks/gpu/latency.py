@@ -247,7 +247,10 @@ def _together(
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Markdown tables of a result, beside vLLM's figures and the goals where they are for this model."""
+    """Markdown tables of a result, beside vLLM's figures and the goals where they are for this model.
+
+    What share of the floor each cell is tells `floor.latency_tables`.
+    """
     results, config = result["results"], result["settings"]["config"]
     levels = [(name, results[name]) for name in ("in process", "gRPC") if name in results]
     names = [name for name, _ in levels]
@@ -269,8 +272,6 @@ def tables(result: dict[str, Any]) -> str:
         cells = [f"{milliseconds(part['tpot'])} ({milliseconds(part['gaps'], 'p99')})" for part in parts]
         cells += [_figure(goals.VLLM_TPOT.get(batch)), *_target(goals.TPOT.get(batch))] if is_7b else []
         lines.append(_row([str(batch), *cells]))
-    if "rates" in results:
-        lines += ["", latency_tables(result, results["rates"])]
     lines += ["", machine_line(result["environment"])]
     if is_7b:
         lines += ["", f"Figures of vLLM, goals and gates: {goals.SOURCE}."]
@@ -325,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.results["gRPC"] = measure_grpc(arguments, report)
     status = report.finish(arguments.out)
     say(tables(report.to_dict()))
+    say(latency_tables(report.to_dict(), report.results["rates"]))
     return status
 
 
