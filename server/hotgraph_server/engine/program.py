@@ -16,7 +16,7 @@ from hotgraph_server.engine.probe import ProbeLayout
 from hotgraph_server.engine.sampler import sample_step
 from hotgraph_server.engine.state import StepState
 from hotgraph_server.engine.thread import Deferred, ForwardThread
-from hotgraph_server.models.interface import Model
+from hotgraph_server.models.interface import Model, StepTensors
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +73,26 @@ class StepProgram:
         with torch.inference_mode():  # a mode of the thread
             buffers.prepare(tokens, rows, block_size=self._kv_cache.block_size)
             step = buffers.step_tensors(tokens, rows)
-            logits = self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
+            logits = self._forward(step, state, give_way)
             if give_way is not None and sampler is Sampler.FILTERED:
                 give_way(math.inf)  # its many kernels are a part of their own
             sample_step(logits, buffers, sampler, ALL_WORK if is_fixed else buffers.step.work)
+
+    def _forward(self, step: StepTensors, state: StepState, give_way: Callable[[float], None] | None) -> torch.Tensor:
+        """The logits. Where the device lacks memory for it, what torch keeps unused is given back, and it runs once more.
+
+        It may: until here a step has written nothing but the keys and values that it writes again. A capture (`give_way`)
+        fails instead, which costs nobody an answer.
+        """
+        try:
+            return self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
+        except torch.OutOfMemoryError as error:
+            if give_way is not None:
+                raise
+            log.warning("no memory for a step, which runs once more with what is given back: %s", error)
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self._model.forward(step, self._kv_cache.tensors, state.arena, None)
 
     def bind(self, key: StepKey) -> Callable[[], None]:
         """See graphcache.Program. Runs the shape once on the shadow, which loads what it needs and says what it must give."""

@@ -173,6 +173,28 @@ async def test_failure_is_for_good_and_logged_once(make_engine: MakeEngine, capl
     assert isinstance(caplog.records[0].exc_info[1], MemoryError)
 
 
+async def test_a_step_without_memory_runs_once_more(make_engine: MakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """What the device has no memory for the first time costs a warning, and no token is another; the second time it ends."""
+    plain = Track((1, 2, 3))
+    await Driver(await make_engine()).run([plain], 6)
+
+    model = TinyModel()
+    engine = await make_engine(model)
+    driver = Driver(engine)
+    sequence = driver.admit(Track((1, 2, 3)))
+    await driver.step([(sequence, 3)])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            model.errors = [torch.OutOfMemoryError("no room")]
+            await driver.step([(sequence, None)])
+            assert not model.errors
+    assert sequence.completion == plain.completion
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 5
+    model.errors = [torch.OutOfMemoryError("no room")] * 2
+    with pytest.raises(EngineFailedError):
+        await driver.step([(sequence, None)])
+
+
 async def test_failed_replay_lets_go_of_its_graph(make_engine: MakeEngine) -> None:
     """A graph whose replay failed is not held for ever: closing does not wait for it."""
     model = TinyModel()

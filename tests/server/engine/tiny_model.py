@@ -41,6 +41,7 @@ class TinyModel:
         self.head = draw(HIDDEN, VOCABULARY, scale=1.0)
         self.nan_token: int | None = None  # a row whose last token this is gives NaN
         self.error: Exception | None = None
+        self.errors: list[Exception] = []  # of the next forwards, each half way
         self.shapes: list[tuple[int, int]] = []  # (tokens, rows) of every forward
 
     is_capturable = False
@@ -69,6 +70,8 @@ class TinyModel:
             keys, values = kv.keys[layer].flatten(0, 1), kv.values[layer].flatten(0, 1)
             keys[step.kv_indices] = key
             values[step.kv_indices] = value
+            if self.errors and layer > 0:
+                raise self.errors.pop(0)
             attended = torch.zeros_like(hidden)
             for row, (query_len, context_len) in enumerate(zip(step.query_lens, step.host_context_lens, strict=True)):
                 begin = int(step.query_starts[row])
