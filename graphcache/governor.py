@@ -17,8 +17,7 @@ class Governor:
 
     A capture may start while there is anything in the bucket, so a long one runs and is paid off before the next. While
     nothing is served captures are free, and steps that miss their graphs pay for captures, too. A budget of 0 captures only
-    while nothing is served. Called under the cache's lock, except for
-    `wait_while_paused`.
+    while nothing is served. Called under the cache's lock, except for `wait_while_paused`.
     """
 
     def __init__(self, clock: Clock, stall_budget_seconds: float) -> None:

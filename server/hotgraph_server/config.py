@@ -156,7 +156,12 @@ class GraphSettings(Section):
     budget_bytes: Annotated[int, Field(ge=0, description="Bytes all graphs may hold together.")] = GIB
     policy: Annotated[Literal["value", "lru", "lfu"], Field(description="What eviction ranks by.")] = "value"
     stall_budget_seconds: Annotated[
-        float, Field(ge=0, le=1, description="Capture interference allowed, seconds per second of serving.")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Capture interference allowed, seconds per second of serving; steps that miss their graph allow more.",
+        ),
     ] = 0.05
     max_padding_ratio: Annotated[
         float, Field(ge=1, le=16, description="A graph is used up to this many times the tokens.")
