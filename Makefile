@@ -12,12 +12,14 @@ CODE := server clients/python graphcache benchmarks tests hatch_build.py
 GPU_NEEDS := $(if $(wildcard $(BIN)/python),protos,$(if $(wildcard protos/hotgraph/v1/*_pb2.py),,protos))
 GPU_PYTHON = PYTHONPATH=protos:server:clients/python:.:$$PYTHONPATH $(if $(GPU_NEEDS),$(BIN)/python,python3)
 GPU_RESULTS ?= benchmarks/results/gpu
+AUDIT := .tools/audit
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install protos protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
 	test-clients test-interop test-client-python test-client-cpp test-client-go test-client-java test-client-node test-client-rust \
-	check-cpp check-go check-java check-node check-rust test-gpu bench bench-gpu bench-kernels clean
+	check-cpp check-go check-java check-node check-rust test-gpu bench bench-gpu bench-kernels sbom audit \
+	clean
 
 help: ## list what one can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -138,6 +140,15 @@ bench-kernels: $(GPU_NEEDS) ## on an NVIDIA GPU: floors, kernels, contexts and p
 	for config in llama2-7b llama3-8b smollm2; do for name in floor breakdown contexts; do \
 		$(GPU_PYTHON) -m benchmarks.gpu.$$name --config $$config --out $(GPU_RESULTS)/$$name-$$config.json || exit 1; done; done
 
+sbom: $(VENV)/.dev $(AUDIT)/.done ## write build/sbom.cdx.json: what is installed in .venv, as CycloneDX
+	@mkdir -p build
+	@$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application --output-reproducible \
+	  --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
+
+audit: $(VENV)/.dev $(AUDIT)/.done ## hold what is installed in .venv against the known vulnerabilities; needs PyPI's JSON interface
+	@$(AUDIT)/bin/pip-audit --strict --skip-editable --progress-spinner off \
+	  --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 clean: ## remove what was built; the models in the user's cache stay
 	rm -rf $(VENV) .tools build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf clients/node/node_modules clients/node/dist clients/node/build clients/rust/target clients/java/*/target \
@@ -147,6 +158,12 @@ clean: ## remove what was built; the models in the user's cache stay
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "hotgraph needs Python 3.11 or 3.12 on PATH (or PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# Tools that must not stand among what they look at.
+$(AUDIT)/.done:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
 
 # Stamps: an install is done again when what it depends on has changed.
 $(VENV)/.server: $(BIN)/python pyproject.toml hatch_build.py $(PROTOS)

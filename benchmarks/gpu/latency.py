@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
+import math
+import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu import goals
 from benchmarks.gpu.daemon_child import daemon_process
@@ -35,10 +40,14 @@ from benchmarks.gpu.report import (
 )
 from benchmarks.gpu.service import WARM_SECONDS, Completion, Service, failures, make_settings, run, serving
 from benchmarks.gpu.streams import Clients, clients, stream
+from graphcache import SystemClock
 from hotgraph_client import Client, GraphKey, Receipt, SamplerVariant
+from hotgraph_server.awake_cores import AwakeCores, choose_cores
+from hotgraph_server.engine.engine import gpu_address
 
 NUM_CHECKED_TOKENS = 8
 WARM_UPS = 3
+MIN_AWAKE_CORES = 8  # of a machine, from which on a caller may have one of them awake beside the daemon's
 EAGER_SHARE = 0.1  # of the steps of a batch, while its streams join
 
 
@@ -171,40 +180,85 @@ def measure_grpc(arguments: argparse.Namespace, report: Report) -> dict[str, Any
 
 
 def measure_target(arguments: argparse.Namespace, report: Report, target: str) -> dict[str, Any]:
-    """The same at a daemon that serves already."""
+    """The same at a daemon that serves already.
+
+    `ttft` is of a caller whose core sleeps between requests, as it does by itself; `ttft_awake` of one that keeps his awake.
+    """
     source = random.Random(arguments.seed + 1)
-    with Client(target) as client, clients(target, max(arguments.batches)) as streams:
+    with Client(target) as client:
         vocabulary_size = client.get_model().vocabulary_size
-        num_missing = _warm_daemon(client, streams, arguments, vocabulary_size, source)
+        num_missing = _warm_prompts(client, arguments, vocabulary_size, source)
         report.check("the daemon's graphs were captured", is_passed=num_missing == 0, detail=f"{num_missing} were not")
-        ttft: dict[str, Any] = {}
-        for length in arguments.lengths:
-            samples: list[float] = []
-            num_eager = 0
-            for index in range(WARM_UPS + arguments.samples):
-                time.sleep(arguments.gap_ms / 1e3)
-                completion, receipt = _generate(client, random_prompt(length, vocabulary_size, source), 1)
-                if index >= WARM_UPS:
-                    samples.append(completion.ttft_seconds)
-                    num_eager += receipt.num_eager_steps > 0
-            report.check(
-                f"the daemon replayed prompts of {length}", is_passed=num_eager == 0, detail=f"{num_eager} ran eagerly"
-            )
-            ttft[str(length)] = found = summary_of(samples)
-            say(f"over gRPC, TTFT at {length}: p50 {milliseconds(found)} ms, p99 {milliseconds(found, 'p99')} ms")
-        tpot: dict[str, Any] = {}
-        for batch in arguments.batches:
-            per_stream: list[float] = []
-            gaps: list[float] = []
-            for index in range(1 + arguments.rounds):
-                times = _together(streams, arguments, batch, vocabulary_size, source)
-                if index:
-                    round_per_stream, round_gaps = steady_part(times)
-                    per_stream += round_per_stream
-                    gaps += round_gaps
-            tpot[str(batch)] = {"tpot": summary_of(per_stream), "gaps": summary_of(gaps)}
-            say(f"over gRPC, TPOT at batch {batch}: {milliseconds(tpot[str(batch)]['tpot'])} ms")
-        return {"ttft": ttft, "tpot": tpot}
+        found = {"ttft": _lone_over_grpc(client, arguments, report, vocabulary_size, source)}
+        with _awake_caller() as cores:
+            if cores:
+                say(f"the caller on cores {cores}, which stay awake")
+                found["ttft_awake"] = _lone_over_grpc(client, arguments, report, vocabulary_size, source)
+        with clients(target, max(arguments.batches)) as streams:  # only now: so many processes are not quite still
+            found["tpot"] = _steady_over_grpc(client, streams, arguments, vocabulary_size, source)
+    return found
+
+
+@contextlib.contextmanager
+def _awake_caller() -> Iterator[tuple[int, ...]]:
+    """This process keeps to two cores of its own, which stay awake, if there are enough beside the daemon's."""
+    num_cores = len(os.sched_getaffinity(0))
+    address = gpu_address(torch.device("cuda:0")) if torch.cuda.is_available() else None
+    daemons = choose_cores(None, gpu_address=address)
+    cores = AwakeCores(
+        choose_cores(2, gpu_address=address, taken=daemons) if num_cores > MIN_AWAKE_CORES else (),
+        quiet_seconds=math.inf,
+        clock=SystemClock(),
+    )
+    cores.start()
+    try:
+        yield cores.cores
+    finally:
+        cores.close()
+
+
+def _lone_over_grpc(
+    client: Client, arguments: argparse.Namespace, report: Report, vocabulary_size: int, source: random.Random
+) -> dict[str, Any]:
+    """TTFT by length."""
+    ttft: dict[str, Any] = {}
+    for length in arguments.lengths:
+        samples: list[float] = []
+        num_eager = 0
+        for index in range(WARM_UPS + arguments.samples):
+            time.sleep(arguments.gap_ms / 1e3)
+            completion, receipt = _generate(client, random_prompt(length, vocabulary_size, source), 1)
+            if index >= WARM_UPS:
+                samples.append(completion.ttft_seconds)
+                num_eager += receipt.num_eager_steps > 0
+        report.check(
+            f"the daemon replayed prompts of {length}", is_passed=num_eager == 0, detail=f"{num_eager} ran eagerly"
+        )
+        ttft[str(length)] = found = summary_of(samples)
+        say(f"over gRPC, TTFT at {length}: p50 {milliseconds(found)} ms, p99 {milliseconds(found, 'p99')} ms")
+    return ttft
+
+
+def _steady_over_grpc(
+    client: Client, streams: Clients, arguments: argparse.Namespace, vocabulary_size: int, source: random.Random
+) -> dict[str, Any]:
+    """TPOT and gaps by batch."""
+    for batch in arguments.batches:
+        _together(streams, arguments, batch, vocabulary_size, source)
+    _await_captures(client, [GraphKey(batch, batch, SamplerVariant.GREEDY) for batch in arguments.batches])
+    tpot: dict[str, Any] = {}
+    for batch in arguments.batches:
+        per_stream: list[float] = []
+        gaps: list[float] = []
+        for index in range(1 + arguments.rounds):
+            times = _together(streams, arguments, batch, vocabulary_size, source)
+            if index:
+                round_per_stream, round_gaps = steady_part(times)
+                per_stream += round_per_stream
+                gaps += round_gaps
+        tpot[str(batch)] = {"tpot": summary_of(per_stream), "gaps": summary_of(gaps)}
+        say(f"over gRPC, TPOT at batch {batch}: {milliseconds(tpot[str(batch)]['tpot'])} ms")
+    return tpot
 
 
 def _generate(client: Client, prompt: Sequence[int], max_tokens: int) -> tuple[Completion, Receipt]:
@@ -213,26 +267,25 @@ def _generate(client: Client, prompt: Sequence[int], max_tokens: int) -> tuple[C
     return Completion(begin_seconds, token_ids=token_ids, token_seconds=token_seconds), receipt
 
 
-def _warm_daemon(
-    client: Client, streams: Clients, arguments: argparse.Namespace, vocabulary_size: int, source: random.Random
-) -> int:
+def _warm_prompts(client: Client, arguments: argparse.Namespace, vocabulary_size: int, source: random.Random) -> int:
     """Asks for the graphs by sending what needs them, then waits; returns how many requests still ran eagerly."""
-    keys = []
     for length in arguments.lengths:
         _generate(client, random_prompt(length, vocabulary_size, source), 2)
-    for batch in arguments.batches:
-        keys.append(GraphKey(batch, batch, SamplerVariant.GREEDY))
-        _together(streams, arguments, batch, vocabulary_size, source)
-    if keys:
-        client.prewarm_graphs(keys, wait_seconds=60.0)
-    deadline = time.monotonic() + WARM_SECONDS
-    while client.list_graphs(["queued", "capturing"]) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    _await_captures(client, [])
     num_eager = 0
     for length in arguments.lengths:
         _, receipt = _generate(client, random_prompt(length, vocabulary_size, source), 2)
         num_eager += receipt.num_eager_steps > 0
     return num_eager
+
+
+def _await_captures(client: Client, keys: Sequence[GraphKey]) -> None:
+    """Asks for these besides, and waits until none is pending."""
+    if keys:
+        client.prewarm_graphs(keys, wait_seconds=60.0)
+    deadline = time.monotonic() + WARM_SECONDS
+    while client.list_graphs(["queued", "capturing"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _together(
@@ -258,11 +311,16 @@ def tables(result: dict[str, Any]) -> str:
     extra = ["vLLM 0.26", "goal", "gate"] if is_7b else []
     share = ["gRPC share"] if len(levels) > 1 else []
     lines = ["TTFT of a lone request, ms: p50 (p99)", ""]
-    lines += _head(["prompt tokens", *names, *share, *extra])
+    awake = results.get("gRPC", {}).get("ttft_awake")
+    lines += _head(["prompt tokens", *names, *share, *(["gRPC, caller awake", "share"] if awake else []), *extra])
     for length in result["settings"]["lengths"]:
         parts = [found["ttft"][str(length)] for _, found in levels]
         cells = [f"{milliseconds(part)} ({milliseconds(part, 'p99')})" for part in parts]
         cells += [_difference(parts)] if share else []
+        if awake:
+            part = awake[str(length)]
+            cells += [f"{milliseconds(part)} ({milliseconds(part, 'p99')})"]
+            cells += [_difference([parts[0], part]) if share else ""]
         cells += [_figure(goals.VLLM_TTFT.get(length)), *_target(goals.TTFT.get(length))] if is_7b else []
         lines.append(_row([str(length), *cells]))
     lines += ["", "Time per output token, ms: p50 of streams (p99 of the gaps between tokens)", ""]

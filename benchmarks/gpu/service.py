@@ -215,12 +215,11 @@ async def serving(
     await engine.start()
     scheduler = Scheduler(engine, NumberTokenizer(engine.info.vocabulary_size), settings.scheduler)
     await scheduler.start()
-    # From here on as in the daemon.
+    # From here on as in the daemon, but that nothing lets the cores sleep.
     cores = AwakeCores(
         choose_cores(settings.server.awake_cores, gpu_address=engine.info.gpu_address),
         quiet_seconds=settings.server.awake_seconds,
         clock=SystemClock(),
-        is_busy=_busy(scheduler),
         spares=[CAPTURE_THREAD_NAME],
     )
     cores.start()
@@ -232,15 +231,11 @@ async def serving(
     finally:
         await scheduler.close()
         await engine.close()
-        await cores.close()
+        cores.close()
         gc.unfreeze()
         del engine, scheduler, cores
         if loaded.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _busy(scheduler: Scheduler) -> Callable[[], bool]:
-    return lambda: scheduler.num_requests > 0
 
 
 def failures(infos: Iterable[GraphInfo[StepKey]]) -> str:

@@ -33,9 +33,9 @@ SYSTEM: Final = Path("/")
 
 
 class AwakeCores:
-    """Keeps a process's threads on some cores, and the cores awake until nothing has come for a while.
+    """Keeps a process's threads on some cores, and the cores awake until nothing has come for a while, if somebody watches.
 
-    All methods belong to the event loop's thread. A child that cannot run costs speed only, and is logged.
+    All methods belong to one thread. A child that cannot run costs speed only, and is logged.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class AwakeCores:
         self._is_awake = False
         self._touched_at = 0.0
         self._before: set[int] | None = None  # where the threads could run
-        self._task: asyncio.Task[None] | None = None
 
     @property
     def is_awake(self) -> bool:
@@ -86,7 +85,6 @@ class AwakeCores:
             return
         self._is_awake = True
         self._touched_at = self._clock.monotonic()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="awake-cores")
         logger.info("cores %s serve, and stay awake for %.0f s after a request", self, self._quiet_seconds)
 
     def touch(self) -> None:
@@ -98,12 +96,8 @@ class AwakeCores:
             self._signal(signal.SIGCONT)
             self._is_awake = True
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """The cores are left to themselves, and the threads run where they could before."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
         child, self._child = self._child, None
         if child is not None:
             child.kill()  # which a stopped process hears, too
@@ -116,13 +110,14 @@ class AwakeCores:
     def __str__(self) -> str:
         return ", ".join(map(str, self.cores)) or "none"
 
-    async def _run(self) -> None:
+    async def watch(self) -> None:
+        """Lets the cores sleep when it is time, for ever."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             self.check()
 
     def check(self) -> None:
-        """Lets the cores sleep when it has been quiet for long enough."""
+        """Lets the cores sleep if it has been quiet for long enough."""
         if self._child is None:
             return
         if (status := self._child.poll()) is not None:
@@ -152,12 +147,14 @@ class AwakeCores:
                 logger.warning("thread %s cannot be kept on cores %s: %s", name, sorted(cores), error)
 
 
-def choose_cores(wanted: int | None, *, gpu_address: str | None = None, root: Path = SYSTEM) -> tuple[int, ...]:
+def choose_cores(
+    wanted: int | None, *, gpu_address: str | None = None, taken: Collection[int] = (), root: Path = SYSTEM
+) -> tuple[int, ...]:
     """As many of the cores that this process may use as are wanted, or all there are of the kind.
 
     wanted: None takes 4 of 16 or more, 2 of 8 or more, and none below that or without a GPU. One hardware thread of a core,
     not core 0 if it can be helped, which has interrupts to see to; near the GPU (its PCI address, as in "0000:18:00.0"), and
-    not those that another GPU's process would choose. root: of /proc and /sys, for tests.
+    not those that another GPU's process would choose. taken: cores that somebody else has. root: of /proc and /sys, for tests.
     """
     if wanted == 0 or (wanted is None and gpu_address is None) or not hasattr(os, "sched_getaffinity"):
         return ()
@@ -170,7 +167,8 @@ def choose_cores(wanted: int | None, *, gpu_address: str | None = None, root: Pa
         if not wanted:
             return ()
     near = _near(gpu_address, root)
-    cores = _one_of_each([core for core in allowed if core in near] or allowed, root)
+    cores = [core for core in _one_of_each(allowed, root) if core not in taken]
+    cores = [core for core in cores if core in near] or cores
     if len(cores) > wanted and cores[0] == 0:
         cores = cores[1:]
     if len(cores) <= wanted:

@@ -176,6 +176,7 @@ class Daemon:
         self._scheduler: Scheduler | None = None
         self._warmth: asyncio.Task[None] | None = None
         self._cores: AwakeCores | None = None
+        self._core_watch: asyncio.Task[None] | None = None
         self._told = asyncio.Event()  # to end: by a drain, or by a failure
         self._grace_end = 0.0  # of the drain, on the event loop's clock
         self._grace: asyncio.Timeout | None = None
@@ -325,9 +326,10 @@ class Daemon:
         if self.lifecycle.state is not DaemonState.STOPPED:
             self.lifecycle.move(DaemonState.STOPPED)
         self._rpc.set_not_serving()
-        if self._warmth is not None:
-            self._warmth.cancel()
-            await asyncio.wait([self._warmth])
+        if tasks := [task for task in (self._warmth, self._core_watch) if task is not None]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         if self._scheduler is not None:
             self._scheduler.end_all(DrainingError("the server is stopping", retry_after_seconds=RETRY_SECONDS))
         self._rpc.end_watchers()
@@ -336,7 +338,7 @@ class Daemon:
         await self._rpc.stop(CONNECTION_GRACE_SECONDS)
         await self._close_engine()
         if self._cores is not None:
-            await self._cores.close()
+            self._cores.close()
         await self._supervision.stop()
         logger.info("stopped")
 
@@ -397,6 +399,7 @@ class Daemon:
             spares=[CAPTURE_THREAD_NAME],  # captures compile and record: they take what is free
         )
         self._cores.start()
+        self._core_watch = asyncio.get_running_loop().create_task(self._cores.watch(), name="awake-cores")
         scheduler.on_submit = self._cores.touch
 
     async def _watch_warmth(self, served: ServedModel, hub: EventHub) -> None:

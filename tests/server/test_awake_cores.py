@@ -102,6 +102,14 @@ def test_a_quota_of_the_first_kind_of_groups(quota: str, num_chosen: int, host: 
     assert len(choose_cores(None, gpu_address=GPU, root=host)) == num_chosen
 
 
+def test_cores_that_others_have(host: Path) -> None:
+    """What is taken is left out, far from the GPU before twice."""
+    first = choose_cores(None, gpu_address=GPU, root=host)
+    second = choose_cores(3, gpu_address=GPU, taken=first, root=host)
+    assert second == (5, 6, 7)
+    assert choose_cores(2, gpu_address=GPU, taken=range(8), root=host) == (8, 9)
+
+
 def test_a_host_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any of the files there are cores all the same."""
     allow(monkeypatch, range(16))
@@ -166,7 +174,7 @@ async def test_they_are_awake_until_it_is_quiet() -> None:
         assert cores.is_awake
         await until(lambda: processor_seconds(child) > before)
     finally:
-        await cores.close()
+        cores.close()
     assert not cores.is_awake
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -182,7 +190,7 @@ async def test_a_child_that_sleeps_is_ended_too() -> None:
     clock.advance(2.0)
     cores.check()
     await until(lambda: state(child) == "T")
-    await cores.close()
+    cores.close()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
@@ -210,7 +218,7 @@ async def test_threads_keep_to_the_cores() -> None:
     threads[-1].start()
     looked.wait()
     looked.wait()
-    await cores.close()
+    cores.close()
     end.set()
     for thread in threads:
         thread.join()
@@ -227,7 +235,7 @@ async def test_none_is_nothing() -> None:
     assert cores.process_id is None
     assert not cores.is_awake
     assert os.sched_getaffinity(0) == before
-    await cores.close()
+    cores.close()
 
 
 async def test_a_child_that_dies_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -245,7 +253,7 @@ async def test_a_child_that_dies_is_told_once(caplog: pytest.LogCaptureFixture) 
         f"what kept cores {CORE} awake has ended with status -9: they sleep when idle"
     ]
     assert not cores.is_awake
-    await cores.close()
+    cores.close()
 
 
 def is_noticed(cores: AwakeCores) -> bool:
@@ -263,7 +271,7 @@ async def test_a_child_that_cannot_start_is_told(
     cores.touch()
     assert not cores.is_awake
     assert "are not kept awake" in caplog.text
-    await cores.close()
+    cores.close()
 
 
 async def test_the_child_ends_with_its_parent() -> None:
@@ -304,7 +312,7 @@ async def test_what_is_meant_for_the_parent_does_not_end_the_child() -> None:
     await until(lambda: processor_seconds(child) > before)
     cores.check()
     assert cores.process_id == child
-    await cores.close()
+    cores.close()
 
 
 def test_a_child_without_its_parent_ends_at_once() -> None:

@@ -28,7 +28,9 @@ def main() -> int:
     torch.set_num_threads(num_threads)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     side = TransformersSide(model)
     ready = {
         "load_seconds": time.perf_counter() - started,
