@@ -95,13 +95,15 @@ def test_all_pairs_of_states(before: StreamState, after: StreamState) -> None:
 @pytest.mark.parametrize(
     ("error", "before_answer", "after_answer"),
     [
-        (UnavailableError("bare"), False, True),
+        (UnavailableError("Stream removed (Socket closed)"), True, True),
+        (UnavailableError("failed to connect to all addresses; last error: refused"), False, True),
+        (UnavailableError("DNS resolution failed for nowhere"), False, True),
         (ResourceExhaustedError("bare"), False, True),
         (InternalError("reset"), True, True),
         (HotgraphError("?", code=grpc.StatusCode.UNKNOWN), True, True),
         (CancelledRequestError("by a proxy"), True, True),
         (CancelledRequestError("told", reason="CANCELLED"), True, True),
-        (StreamLostError("idle"), False, True),
+        (StreamLostError("idle"), True, True),
         (QueueFullError("full", reason="QUEUE_FULL"), False, True),
         (LoadingError("loading", reason="LOADING"), False, True),
         (DrainingError("draining", reason="DRAINING"), False, True),
@@ -115,8 +117,8 @@ def test_all_pairs_of_states(before: StreamState, after: StreamState) -> None:
 )
 def test_what_is_a_loss(error: HotgraphError, before_answer: bool, after_answer: bool) -> None:
     """Every bare end but errors of the request and deadlines is a loss, of the daemon's own words only "come back later"."""
-    assert is_loss(error, is_answered=False) is before_answer
-    assert is_loss(error, is_answered=True) is after_answer
+    assert is_loss(error, is_reached=False) is before_answer
+    assert is_loss(error, is_reached=True) is after_answer
 
 
 def test_waits_double_and_end() -> None:
@@ -133,6 +135,30 @@ def test_waits_double_and_end() -> None:
     with pytest.raises(StreamLostError, match="still gone"):
         progress.lose(UnavailableError("still gone"))
     assert progress.state is StreamState.ENDED
+
+
+def test_drops_before_the_first_event_are_bounded() -> None:
+    """Connections that break before any event are made up for as often as later ones, then the drop itself is raised."""
+    progress = progress_of(ResumePolicy(max_losses=2, max_attempts=100))
+    for _ in range(2):
+        progress.open()
+        assert isinstance(progress.lose(UnavailableError("Socket closed")), float)
+    assert progress.open().request.request_id == ""
+    with pytest.raises(UnavailableError, match="Socket closed"):
+        progress.lose(UnavailableError("Socket closed"))
+
+
+def test_after_a_drop_a_server_is_looked_for() -> None:
+    """Once a connection was there, one that cannot be made is an attempt like those after the first event."""
+    progress = progress_of(ResumePolicy(max_losses=1, max_attempts=3))
+    progress.open()
+    assert isinstance(progress.lose(UnavailableError("Socket closed")), float)
+    for _ in range(2):
+        progress.open()
+        assert isinstance(progress.lose(UnavailableError("failed to connect to all addresses")), float)
+    progress.open()
+    with pytest.raises(UnavailableError, match="failed to connect"):
+        progress.lose(UnavailableError("failed to connect to all addresses"))
 
 
 def test_an_answer_starts_the_waits_again() -> None:

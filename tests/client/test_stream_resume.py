@@ -30,6 +30,7 @@ from hotgraph_client import (
 from tests.client.drivers import Driver
 from tests.client.scripted_model import SEED
 from tests.client.scripted_server import (
+    Act,
     Relay,
     ScriptedServer,
     broken,
@@ -114,6 +115,82 @@ async def test_a_cut_socket_is_a_loss(
         assert completion.text == TEXT
         assert completion.token_ids == tuple(TEXT.encode())
         assert completion.num_resumes == 3
+
+
+def headers_then_cut(relay: Relay) -> Act:
+    """Sends the headers, gives them time to arrive, and cuts the relay before the first event."""
+
+    async def act(request: Any, context: Any) -> None:
+        await context.send_initial_metadata(())
+        await asyncio.sleep(0.05)
+        relay.cut()
+        await hang(request, context)
+
+    return act
+
+
+@pytest.mark.parametrize("num_cuts", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"seed": 1, "request_id": "mine"}])
+async def test_a_cut_between_headers_and_first_event(
+    server: ScriptedServer,
+    connect: Callable[..., Any],
+    tmp_path: Path,
+    socket_path: Path,
+    num_cuts: int,
+    options: dict[str, Any],
+) -> None:
+    """Nothing was told yet: the request goes out again as it was, seeded or not, and the caller sees one whole answer."""
+    async with Relay(tmp_path / "r.sock", socket_path).running() as relay:
+        driver = await connect(relay.target)
+        server.play(*[headers_then_cut(relay)] * num_cuts, whole(TEXT))
+        events = await driver.events(**options)
+        assert text_of(events) == TEXT
+        assert [type(event) for event in events].count(Started) == 1
+        assert isinstance(events[-1], Finished)
+        assert events[-1].num_resumes == 0
+        # gRPC would have sent it four times each: it does not after headers, so each further request is the client's own.
+        assert len(server.requests) == num_cuts + 1
+        assert not any(request.resume for request in server.requests)
+        assert len({request.sampling.SerializeToString() for request in server.requests}) == 1
+        if "request_id" in options:
+            assert [r.request_id for r in server.requests[1:]] == [f"mine/resume-{n}" for n in range(1, num_cuts + 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "num_requests"),
+    [
+        ({"resume_policy": ResumePolicy(max_losses=2, first_backoff_seconds=0.01)}, {"seed": 1}, 3),
+        ({}, {"resume": False}, 1),
+    ],
+)
+async def test_cuts_before_the_first_event_end(
+    server: ScriptedServer,
+    connect: Callable[..., Any],
+    tmp_path: Path,
+    socket_path: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    num_requests: int,
+) -> None:
+    """They are bounded by max_losses, and with resume=False the first one is raised, as what gRPC said."""
+    async with Relay(tmp_path / "r.sock", socket_path).running() as relay:
+        driver = await connect(relay.target, **settings)
+        server.play(headers_then_cut(relay))
+        events, error = await driver.partial(**options)
+        assert events == []
+        assert isinstance(error, UnavailableError)
+        assert len(server.requests) == num_requests
+
+
+async def test_a_server_that_was_never_there_is_told_soon(connect: Callable[..., Any], tmp_path: Path) -> None:
+    """Where nothing listens gRPC's own tries are all: the client does not look for a server that it never reached."""
+    driver = await connect(
+        f"unix:{tmp_path}/none", max_attempts=1, resume_policy=ResumePolicy(first_backoff_seconds=60, max_attempts=9)
+    )
+    async with asyncio.timeout(20):
+        _, error = await driver.partial(seed=1)
+    assert isinstance(error, UnavailableError)
+    assert "failed to connect" in str(error)
 
 
 async def test_choices_that_ended_are_not_asked_again(server: ScriptedServer, driver: Driver) -> None:

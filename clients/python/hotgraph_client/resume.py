@@ -4,9 +4,10 @@ It knows messages and time but no channel: `stream.py` opens the calls and reads
 
 A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status: what stands
 between client and server changes the code. The exceptions are the daemon's own refusals, errors of the request and
-deadlines. Before the first event gRPC's own retries apply (`channel.service_config`), after it these rules: the same request
-goes out again with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes
-on from them and sends only what is new, so that ids and texts join without a seam.
+deadlines. Before the server's headers gRPC's own retries apply (`channel.service_config`), after them these rules: the same
+request goes out again with the seed that Started told and, for each choice that has not ended, the tokens that came. The server
+goes on from them and sends only what is new, so that ids and texts join without a seam. A call whose connection breaks between
+the headers and the first event gRPC does not try again; nothing came of it, so the request goes out as it was.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ MAX_REQUEST_ID_LENGTH = 128
 class ResumePolicy:
     """How far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at random.
 
-    max_losses: servers lost in the middle of one generation; bounds what a request that kills servers can do.
+    max_losses: servers lost in the middle of one generation, or before its first event; bounds what a request that kills
+    servers can do.
     max_attempts: tries in a row to reach a server again, each of them with gRPC's own retries.
     idle_seconds: a stream whose tokens pause for longer counts as lost; for paths on which keepalive does not reach the
     server itself (a proxy answers it). None: never.
@@ -110,15 +112,32 @@ class _ChoiceRecord:
         self.finish = tokens.finish or self.finish
 
 
-def is_loss(error: HotgraphError, *, is_answered: bool) -> bool:
-    """Whether a stream that ended with this error lost its server. `is_answered`: an event came at some time."""
+# How gRPC's own message begins when no connection could be made: no request left, and gRPC has tried as often as it may. Were
+# the words others one day, a server that is not there would be told of later, by max_losses rounds of tries; no more.
+_NOT_REACHED = ("failed to connect to all addresses", "DNS resolution failed")
+
+
+def is_loss(error: HotgraphError, *, is_reached: bool) -> bool:
+    """Whether a stream that ended with this error lost its server. `is_reached`: a server was lost before, or told an event."""
     if isinstance(error, CancelledRequestError):
         return True  # not by us: something between us and the server let go
     if error.reason:
-        return is_answered and isinstance(error, RetryableError)
-    if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return is_answered  # before an answer gRPC has tried again already
+        return is_reached and isinstance(error, RetryableError)
+    if error.code is grpc.StatusCode.UNAVAILABLE:
+        return is_reached or is_dropped(error)
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return is_reached  # before an answer gRPC has tried again already
     return not isinstance(error, RequestError | DeadlineError)
+
+
+def is_dropped(error: HotgraphError | None) -> bool:
+    """Whether a connection that was there broke, as far as its error tells.
+
+    gRPC tells the same of a connection that broke before the server's headers, when it has tried again already, and of one that
+    broke after them, when it has not; so both count, and max_losses bounds them.
+    """
+    is_bare = error is not None and not error.reason and error.code is grpc.StatusCode.UNAVAILABLE
+    return is_bare and error is not None and not error.message.startswith(_NOT_REACHED)
 
 
 class GenerationProgress:
@@ -267,7 +286,7 @@ class GenerationProgress:
         generation cannot go on: the daemon's own error as it is, any other loss after the first event as StreamLostError.
         """
         is_answered = self.started is not None
-        if error is not None and not is_loss(error, is_answered=is_answered):
+        if error is not None and not is_loss(error, is_reached=is_answered or self._num_connections > 1):
             raise self._fail(error)
         if is_answered and all(record.finish for record in self._records.values()):
             return self._finish(self._finished_alone())
@@ -276,7 +295,7 @@ class GenerationProgress:
             loss: HotgraphError = self._lost("the server was lost in the middle of an answer", error)
         else:
             loss = error
-        if self._is_connection_answered:
+        if self._is_connection_answered or (not is_answered and is_dropped(error)):
             self._num_losses += 1
         else:
             self._num_failed_attempts += 1
