@@ -182,6 +182,8 @@ def test_buf_breaking_passes() -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "rule"),
     [
+        ("admin_service.proto", "  uint64 num_finished = 7;\n", "", "FIELD_NO_DELETE"),
+        ("admin_service.proto", "  rpc Drain(DrainRequest) returns (DrainResponse);\n", "", "RPC_NO_DELETE"),
         ("generation.proto", "repeated uint32 ids = 1;", "repeated uint32 ids = 2;", "FIELD_NO_DELETE"),
         ("generation.proto", "optional float temperature = 1;", "optional double temperature = 1;", "FIELD_SAME_TYPE"),
         ("generation.proto", "repeated uint32 ids = 1;", "repeated uint32 identifiers = 1;", "FIELD_SAME_NAME"),
@@ -190,7 +192,8 @@ def test_buf_breaking_passes() -> None:
     ],
 )
 def test_buf_breaking_refuses(copied: Path, file: str, old: str, new: str, rule: str) -> None:
-    """A field that is renumbered, renamed or of another type, a stream that is none any more and a lost enum value fail."""
+    """A field or a method that is gone, a field that is renumbered, renamed or of another type, a stream that is none any
+    more and a lost enum value fail."""
     path = copied / "protos/hotgraph/v1" / file
     text = path.read_text()
     assert old in text
@@ -198,6 +201,32 @@ def test_buf_breaking_refuses(copied: Path, file: str, old: str, new: str, rule:
     done = buf("breaking", "--against", str(IMAGE), "--error-format", "json", folder=copied)
     assert done.returncode != 0
     assert rule in done.stdout.decode()
+
+
+def take(folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """`make contract` in a copy of the repository's protos, with this environment's buf."""
+    shutil.copy(ROOT / "Makefile", folder)
+    command = ["make", "--assume-old=.venv/.dev", f"BIN={BUF.parent}", "contract"]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+
+
+def test_make_contract_takes_no_break(copied: Path) -> None:
+    """The image, which is the last contract that was agreed on and comes with every clone, is replaced by one that adds
+    something, and left as it is by one that breaks something."""
+    image = copied / "tests" / "contract" / "v1.binpb"
+    image.parent.mkdir(parents=True)
+    shutil.copy(IMAGE, image)
+    path = copied / "protos/hotgraph/v1/admin_service.proto"
+    text, field = path.read_text(), "  uint64 num_finished = 7;\n"
+    assert field in text
+    path.write_text(text.replace(field, ""))
+    done = take(copied)
+    assert done.returncode != 0
+    assert b'field "7" with name "num_finished"' in done.stdout
+    assert image.read_bytes() == IMAGE.read_bytes()
+    path.write_text(text + "// New.\nmessage New {}\n")
+    assert take(copied).returncode == 0
+    assert "New" in [message.name for file in build(str(image)).file for message in file.message_type]
 
 
 def test_adding_breaks_nothing(copied: Path) -> None:
