@@ -370,11 +370,16 @@ def test_smoke_before_it_counts_as_started(host: Machine) -> None:
     shutil.copy2(grpcurl, host.root / "opt/hotgraph/bin/grpcurl")
     shutil.copy2(ROOT / "tests/smoke/grpcurl.sh", host.root / "opt/hotgraph/bin/smoke.sh")
     smoke = "/opt/hotgraph/bin/smoke.sh unix:/run/hotgraph/hotgraph.sock"
-    variables = "GRPCURL=/opt/hotgraph/bin/grpcurl PYTHON=/opt/hotgraph/bin/python"
-    change(host, f"[Service]\nEnvironment={variables}\nExecStartPost={smoke}\n")
+    post = f"[Service]\nEnvironment=GRPCURL=/opt/hotgraph/bin/grpcurl\nExecStartPost={smoke}"
+    change(host, f"{post}\n")
     seconds = started(host)
     assert " passed, 0 failed" in host.journal("hotgraph.service")
     print(f"start with the smoke test {seconds:.2f} s")
+    host.systemctl("stop", "hotgraph.service")
+    change(host, f"{post} --expect-model another\n[Unit]\nStartLimitBurst=1\n")
+    with pytest.raises(AssertionError):
+        host.systemctl("start", "hotgraph.service")
+    assert "FAIL the model is another" in host.journal("hotgraph.service")
 
 
 def test_sockets_are_the_configured_ones(host: Machine) -> None:
