@@ -13,8 +13,8 @@
 # Unix sockets speak no TLS, so those flags leave them alone. More settings are in the README beside this file.
 #
 # One line a check: `ok NAME`, `FAIL NAME` (what came instead follows on standard error) or `skip NAME: why`. Exit status:
-# 0 all passed, 1 a check failed or no daemon answers, 2 wrong usage or no grpcurl. It needs grpcurl, coreutils and the bash (4.3 or
-# newer) that runs it; no JSON tool. The daemon is left as it was, but that it has captured some graphs.
+# 0 all passed, 1 a check failed or no daemon answers, 2 wrong usage or no grpcurl. It needs grpcurl, coreutils and the bash
+# (4.3 or newer) that runs it; no JSON tool. The daemon is left as it was, but that it has captured some graphs.
 #
 # Run it after an upgrade, or have systemd do so, as a drop-in of hotgraph.service; a start is then over when all has passed:
 #
