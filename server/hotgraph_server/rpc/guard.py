@@ -217,8 +217,9 @@ async def _abort(context: Context, method: str, error: HotgraphError, request_id
     try:
         async with asyncio.timeout(STATUS_SECONDS):
             await context.abort(status.code, status.message, status.trailing_metadata)
-    except TimeoutError:
-        # The status stands behind messages that the client does not read. gRPC drops the call when its handler is gone.
+    except (TimeoutError, grpc.aio.InternalError):
+        # The status stands behind messages that the client does not read, or a write was given up, after which gRPC takes no
+        # other. It drops the call when its handler is gone.
         raise asyncio.CancelledError("the client does not read") from None
 
 

@@ -36,6 +36,8 @@ NUM_TEXT_THREADS: Final = 2
 INLINE_TEXT_BYTES: Final = 4096  # tokenized on the loop: about as quick as the way to a thread and back
 INLINE_NUM_TOKENS: Final = 2048  # likewise for turning tokens to text
 LATE_SECONDS: Final = 1.0  # after the deadline, a handler still inside is stuck in a write: its reader does not read
+# For gRPC to take one message. It takes tens of kilobytes before the first that waits, so who is this late does not read.
+WRITE_SECONDS: Final = 10.0
 # Started waits for so long, or for the first token: the engine's thread launches the first step now, and shares the
 # interpreter's lock with this one. Written at once, Started held that step up for longer than its writing takes.
 STARTED_DELAY_SECONDS: Final = 0.001  # uvloop's timers know no shorter time
@@ -74,13 +76,13 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         ):
             served.scheduler.advance()
             await stream.wait(STARTED_DELAY_SECONDS)
-            await context.write(respond(started=generation.started_message(prepared, served.model_id)))
+            await _write(context, respond(started=generation.started_message(prepared, served.model_id)))
             async for event in stream:
                 if isinstance(event, TokensEvent):
                     client.num_completion_tokens += len(event.token_ids)
-                    await context.write(respond(tokens=generation.tokens_message(event, served.tokenizer)))
+                    await _write(context, respond(tokens=generation.tokens_message(event, served.tokenizer)))
                 else:
-                    await context.write(respond(finished=generation.finished_message(event)))
+                    await _write(context, respond(finished=generation.finished_message(event)))
 
     async def Complete(  # noqa: N802
         self, request: inference_service_pb2.CompleteRequest, context: Context
@@ -265,6 +267,15 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         if not is_long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, work)
+
+
+async def _write(context: Context, message: inference_service_pb2.GenerateResponse) -> None:
+    """Raises ServerTimeLimitError when the caller does not read: slot, blocks and what waits for it are not his to keep."""
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await context.write(message)
+    except TimeoutError:
+        raise ServerTimeLimitError("the server's time limit for one event to be read passed") from None
 
 
 def _limits(served: ServedModel) -> validate.ModelLimits:
