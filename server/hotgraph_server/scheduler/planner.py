@@ -1,12 +1,12 @@
 """What runs next: picks each step's rows, gives and takes slots and blocks. It never waits and knows no stream.
 
 Order of a step: decode rows first, so that running streams never stop; then chunks of prompts already begun; then new
-sequences, first come first served. A sequence that needs a block when none is left takes those of the youngest.
+sequences, of those callers first who run least (`waiting.py`). A sequence that needs a block when none is left takes those of the youngest.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from hotgraph_server.scheduler.blocks import BlockManager
 from hotgraph_server.scheduler.sampler import sampler_of, strongest
 from hotgraph_server.scheduler.sequence import Sequence, SequenceState
 from hotgraph_server.scheduler.slots import SlotPool
+from hotgraph_server.scheduler.waiting import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Planner:
     ) -> None:
         self.slots = slots
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: WaitingQueue[Sequence] = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._max_step_tokens = max_step_tokens
@@ -171,11 +172,15 @@ class Planner:
     # Coming in.
 
     def _admit(self, draft: _Draft) -> None:
-        passed: list[Sequence] = []  # may not come in yet, but hold up nobody
+        if not self.waiting or not self.slots.num_free:
+            return
+        num_running = Counter(sequence.ticket.request.client for sequence in self.running)
+        passed: list[tuple[Sequence, bool]] = []  # may not come in yet, but hold up nobody
         while self.waiting and draft.num_tokens_left > 0 and self.slots.num_free:
-            sequence = self.waiting[0]
+            sequence = self._next_waiting(num_running)
             if self._must_wait(sequence):
-                passed.append(self.waiting.popleft())
+                passed.append((sequence, self.waiting.is_front(sequence)))
+                self.waiting.remove(sequence)
                 continue
             prefix = self.blocks.find_prefix(sequence.token_ids)
             num_missing = self.blocks.num_missing(len(sequence.token_ids), prefix)
@@ -184,9 +189,14 @@ class Planner:
                 break
             if num_missing > self.blocks.num_available:
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence, is_turn=True)
+            num_running[sequence.ticket.request.client] += 1
             self._take_place(draft, sequence, prefix)
-        self.waiting.extendleft(reversed(passed))
+        for sequence, is_front in reversed(passed):
+            self.waiting.put_back(sequence, is_front=is_front)
+
+    def _next_waiting(self, num_running: Counter[str]) -> Sequence:
+        return self.waiting.next(num_running.__getitem__)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         if sequence.num_steps_in_flight or not self._graphs_ready(sequence):
@@ -232,7 +242,7 @@ class Planner:
     def _preempt(self, sequence: Sequence) -> None:
         """Takes slot and blocks away; the sequence is first in the queue and will be computed again from its tokens."""
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.push_front(sequence)
         sequence.move(SequenceState.WAITING)
         sequence.num_preemptions += 1
         self.num_preemptions += 1

@@ -1,0 +1,210 @@
+"""Nothing is lost, doubled or mixed up, however often the daemon is killed under its clients' streams."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from hotgraph_client import (
+    AsyncClient,
+    ChoiceFinish,
+    Finished,
+    FinishReason,
+    HotgraphError,
+    Receipt,
+    ResumePolicy,
+    Started,
+    Timings,
+    Tokens,
+    Usage,
+)
+from tests.integration.harness import PATIENCE_SECONDS, Caller
+from tests.integration.processes import process
+from tests.reliability.history import Record, reference, violations
+from tests.reliability.probe import percentile
+from tests.reliability.victims import program, settings
+
+ENDLESS = ResumePolicy(max_losses=10_000, max_attempts=10_000, first_backoff_seconds=0.05, max_backoff_seconds=0.5)
+
+
+@dataclass
+class Outcome:
+    """All requests, and how long the daemon was away after each kill: from SIGKILL to a served request, in seconds."""
+
+    records: list[Record] = field(default_factory=list)
+    away_seconds: list[float] = field(default_factory=list)
+    num_resumes: int = 0
+
+    @property
+    def wrong(self) -> list[list[str]]:
+        return [found for record in self.records if (found := violations(record))]
+
+
+async def kill_again_and_again(num_kills: int, num_streams: int, *, resume: bool = True) -> Outcome:
+    """Streams that follow each other on every one of so many callers, while the daemon is killed and started again.
+
+    Half of them are greedy, half seeded. All that have begun are read to their end."""
+    outcome = Outcome()
+    chance = random.Random(11)
+    is_over = asyncio.Event()
+    with tempfile.TemporaryDirectory(prefix="hg") as folder:
+        config = settings(folder, is_tcp=False, scheduler={"num_slots": 32, "max_waiting": 1000})
+        address = config.server.listen[0]
+        code = program(step_seconds=0.01)
+
+        async def one(client: AsyncClient, number: int) -> None:
+            prompt = tuple(chance.choices(range(97, 123), k=chance.randint(1, 40)))
+            seed = number if number % 2 else None
+            record = Record(prompt, max_tokens=chance.randint(20, 120), seed=seed)
+            outcome.records.append(record)
+            options: dict[str, Any] = {"temperature": 0.0} if seed is None else {"temperature": 1.0, "seed": seed}
+            generation = client.generate(list(prompt), max_tokens=record.max_tokens, resume=resume, **options)
+            try:
+                async for event in generation:
+                    record.events.append(event)
+            except HotgraphError as error:
+                record.errors.append(error)
+            outcome.num_resumes += generation.num_resumes
+
+        numbers = itertools.count()
+
+        async def caller(client: AsyncClient) -> None:
+            while not is_over.is_set():
+                await one(client, next(numbers))
+
+        clients = [AsyncClient(address, resume_policy=ENDLESS, wait_for_ready=True) for _ in range(10)]
+        callers: list[asyncio.Task[None]] = []
+        killed_time: float | None = None
+        try:
+            for round_number in range(num_kills + 1):
+                async with process(config, code) as running:
+                    await running.logged("serving fake")
+                    async with Caller(address) as asking:
+                        await asking.check_alive()
+                        if killed_time is not None:
+                            outcome.away_seconds.append(time.monotonic() - killed_time)
+                        if not callers:
+                            callers = [asyncio.create_task(caller(clients[n % 10])) for n in range(num_streams)]
+                        await asyncio.sleep(chance.uniform(0.3, 1.0))
+                        if round_number < num_kills:
+                            # The load that the test stands for: no kill counts that hit an idle daemon.
+                            status = (await asking.status()).scheduler
+                            assert status.num_running + status.num_waiting >= num_streams // 4, "too few to mean anything"
+                            running.process.kill()
+                            killed_time = time.monotonic()
+                        else:
+                            is_over.set()
+                            await asyncio.wait_for(asyncio.gather(*callers), 3 * PATIENCE_SECONDS)
+        finally:
+            for task in callers:
+                task.cancel()
+            for client in clients:
+                await client.close()
+    return outcome
+
+
+def told(outcome: Outcome) -> str:
+    away = outcome.away_seconds
+    return (
+        f"{len(outcome.records)} requests, {outcome.num_resumes} resumes, {len(outcome.wrong)} wrong; away p50"
+        f" {percentile(away, 0.5):.2f} s, max {max(away):.2f} s of {len(away)}"
+    )
+
+
+async def test_nothing_is_lost_when_the_daemon_is_killed() -> None:
+    """Killed twice under 30 streams: every request has all of its tokens once, in order, and one end."""
+    outcome = await kill_again_and_again(2, 30)
+    print(told(outcome))
+    assert outcome.wrong == []
+    assert outcome.num_resumes >= 30
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+async def test_nothing_is_lost_in_a_hundred_kills() -> None:
+    """The same, 100 times under 100 streams."""
+    outcome = await kill_again_and_again(100, 100)
+    print(told(outcome))
+    assert outcome.wrong == []
+    assert outcome.num_resumes >= 2000
+
+
+async def test_without_resume_requests_are_lost() -> None:
+    """The control: where clients do not go on, the history has holes, and they are found."""
+    outcome = await kill_again_and_again(1, 20, resume=False)
+    assert len(outcome.wrong) >= 10
+
+
+def whole() -> Record:
+    """A request as it should be, its tokens in three events."""
+    record = Record((97, 98), 6, None)
+    ids = reference(record)
+    finish = ChoiceFinish(0, FinishReason.LENGTH)
+    usage = Usage(prompt_tokens=2, completion_tokens=6, cached_prompt_tokens=0)
+    record.events += [
+        Started("id", "fake", 2, 0),
+        Tokens(0, ids[:2], bytes(ids[:2]).decode()),
+        Tokens(0, ids[2:4], bytes(ids[2:4]).decode()),
+        Tokens(0, ids[4:], bytes(ids[4:]).decode(), finish=finish),
+        Finished((finish,), usage, Timings(0, 0, 0, 0, None, 0), Receipt()),
+    ]
+    return record
+
+
+def without(position: int) -> Callable[[Record], None]:
+    return lambda record: record.events.__delitem__(position)
+
+
+def doubled(position: int) -> Callable[[Record], None]:
+    return lambda record: record.events.insert(position, record.events[position])
+
+
+def swapped(record: Record) -> None:
+    record.events[1:3] = reversed(record.events[1:3])
+
+
+def other_token(record: Record) -> None:
+    tokens = record.events[2]
+    assert isinstance(tokens, Tokens)
+    record.events[2] = replace(tokens, token_ids=(tokens.token_ids[0], tokens.token_ids[1] ^ 1))
+
+
+def other_text(record: Record) -> None:
+    tokens = record.events[2]
+    assert isinstance(tokens, Tokens)
+    record.events[2] = replace(tokens, text="?" + tokens.text[1:])
+
+
+def failed(record: Record) -> None:
+    record.errors.append(HotgraphError("no", code=None))
+
+
+BREAKS: list[Callable[[Record], None]] = [
+    *(without(position) for position in range(5)),
+    *(doubled(position) for position in range(5)),
+    swapped,
+    other_token,
+    other_text,
+    failed,
+]
+
+
+def test_a_whole_history_has_nothing_wrong() -> None:
+    """The checker finds nothing in what is as it should be."""
+    assert violations(whole()) == []
+
+
+@pytest.mark.parametrize("spoil", BREAKS)
+def test_every_break_of_a_history_is_found(spoil: Callable[[Record], None]) -> None:
+    """The checker's own control: an event that is missing, doubled, in the wrong place or not the right one is found."""
+    record = whole()
+    spoil(record)
+    assert violations(record)
