@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .PHONY: help demo install protos protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
 	test-clients test-interop test-client-python test-client-cpp test-client-go test-client-java test-client-node test-client-rust \
-	check-cpp check-go check-java check-node check-rust test-gpu bench bench-gpu bench-kernels sbom audit \
+	check-cpp check-go check-java check-node check-rust test-gpu test-soak bench bench-gpu bench-kernels sbom audit \
 	clean
 
 help: ## list what one can do
@@ -70,7 +70,10 @@ contract: $(VENV)/.dev ## take the protos as they are for what later changes may
 
 test: $(VENV)/.dev protos ## set everything up and pass all tests that need no GPU
 	@tests/smoke/install_grpcurl.sh
-	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGUMENTS)
+	$(BIN)/python -m pytest -m "not gpu and not soak" $(TEST_ARGUMENTS)
+
+test-soak: $(VENV)/.dev protos ## a quarter of an hour of kills, floods, overload and failures inside; the figures are printed
+	$(BIN)/python -m pytest -m soak -s tests/reliability $(TEST_ARGUMENTS)
 
 # A language's test command, run by tests/interop against real daemons. INTEROP_FLAGS=--record keeps what passed.
 INTEROP := $(BIN)/python -m tests.interop $(INTEROP_FLAGS)

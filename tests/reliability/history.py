@@ -26,7 +26,9 @@ class Record:
 def reference(record: Record) -> tuple[int, ...]:
     """The tokens that the request must have, made one by one from the rule alone."""
     rule = hash_rule()
-    sampling = SamplingParams(temperature=0.0) if record.seed is None else SamplingParams(temperature=1.0, seed=record.seed)
+    sampling = (
+        SamplingParams(temperature=0.0) if record.seed is None else SamplingParams(temperature=1.0, seed=record.seed)
+    )
     token_ids: tuple[int, ...] = ()
     for _ in range(record.max_tokens):
         token_ids += (rule(History(record.prompt_token_ids, token_ids, sampling, record.seed or 0)),)

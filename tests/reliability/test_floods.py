@@ -90,7 +90,9 @@ async def hold_sockets(daemon: Victim, caller: Caller, num_sockets: int, patienc
             await asyncio.gather(*map(closed, readers))
         seconds = time.monotonic() - begin
     await eventually(lambda: daemon.num_files <= base_files + 2)
-    print(f"{num_sockets} sockets, {num_held} held, +{held_bytes / 2**20:.0f} MiB, closed {seconds:.1f} s after: {health}")
+    print(
+        f"{num_sockets} sockets, {num_held} held, +{held_bytes / 2**20:.0f} MiB, closed {seconds:.1f} s after: {health}"
+    )
     assert num_held >= min(num_sockets, 4000) * 0.9, "too few to mean anything"
     return health
 
@@ -127,7 +129,9 @@ async def slow_calls(num_calls: int, **changes: object) -> Health:
     async with victim(**changes) as daemon, Caller(daemon.address) as caller:  # type: ignore[arg-type]
         await caller.check_alive()
         async with AsyncExitStack() as stack, probed(caller) as health:
-            connections = [await stack.enter_async_context(wire(daemon.address)) for _ in range(max(1, num_calls // 500))]
+            connections = [
+                await stack.enter_async_context(wire(daemon.address)) for _ in range(max(1, num_calls // 500))
+            ]
             for number in range(num_calls):
                 connections[number % len(connections)].call(
                     COMPLETE if number % 2 else GENERATE, None if number % 3 else b"0123456789", is_whole=False
@@ -188,39 +192,43 @@ async def test_stream_flood_is_refused_cheaply() -> None:
         assert health.p99 < CI_MILLIS
 
 
-async def slow_readers(num_slow: int, num_normal: int, num_tokens: int, write_seconds: float) -> tuple[float, float, float]:
+async def slow_readers(
+    num_slow: int, num_normal: int, num_tokens: int, write_seconds: float
+) -> tuple[float, float, float]:
     """Streams beside such as read nothing: the normal ones' p99 between tokens without and with them, in milliseconds,
     and what a slow one costs in MiB."""
-    async with victim(
-        step_seconds=0.02,
-        sections={"scheduler": {"num_slots": num_slow + num_normal}},
-        patches={"hotgraph_server.rpc.inference:WRITE_SECONDS": write_seconds},
-    ) as daemon:
-        async with Caller(daemon.address) as caller:
-            await caller.check_alive()
+    async with (
+        victim(
+            step_seconds=0.02,
+            sections={"scheduler": {"num_slots": num_slow + num_normal}},
+            patches={"hotgraph_server.rpc.inference:WRITE_SECONDS": write_seconds},
+        ) as daemon,
+        Caller(daemon.address) as caller,
+    ):
+        await caller.check_alive()
 
-            async def normal() -> float:
-                gaps = await asyncio.gather(*(token_gaps(caller, num_tokens) for _ in range(num_normal)))
-                assert sum(map(len, gaps)) > num_normal * num_tokens // 2, "too few to mean anything"
-                return percentile([gap for stream in gaps for gap in stream], 0.99)
+        async def normal() -> float:
+            gaps = await asyncio.gather(*(token_gaps(caller, num_tokens) for _ in range(num_normal)))
+            assert sum(map(len, gaps)) > num_normal * num_tokens // 2, "too few to mean anything"
+            return percentile([gap for stream in gaps for gap in stream], 0.99)
 
-            await normal()
-            alone = await normal()
-            before_bytes = daemon.resident_bytes
-            async with wire(daemon.address, reads=False, window_bytes=0) as connection:
-                message = GenerateRequest(text="x", max_tokens=900).SerializeToString()
-                for _ in range(num_slow):
-                    connection.call(GENERATE, message)
+        await normal()
+        alone = await normal()
+        before_bytes = daemon.resident_bytes
+        async with wire(daemon.address, reads=False, window_bytes=0) as connection:
+            message = GenerateRequest(text="x", max_tokens=900).SerializeToString()
+            for _ in range(num_slow):
+                connection.call(GENERATE, message)
 
-                async def are_running() -> bool:
-                    return (await caller.status()).scheduler.num_running == num_slow
+            async def are_running() -> bool:
+                return (await caller.status()).scheduler.num_running == num_slow
 
-                await eventually(are_running)
-                beside = await normal()
-                cost_mib = (daemon.resident_bytes - before_bytes) / (1 << 20) / num_slow
-                await eventually(caller.is_all_free, 15)  # long before their tokens are all there
-            print(f"p99 between tokens: {alone:.1f} ms alone, {beside:.1f} ms beside; {cost_mib:.2f} MiB a slow reader")
-            return alone, beside, cost_mib
+            await eventually(are_running)
+            beside = await normal()
+            cost_mib = (daemon.resident_bytes - before_bytes) / (1 << 20) / num_slow
+            await eventually(caller.is_all_free, 15)  # long before their tokens are all there
+        print(f"p99 between tokens: {alone:.1f} ms alone, {beside:.1f} ms beside; {cost_mib:.2f} MiB a slow reader")
+        return alone, beside, cost_mib
 
 
 async def test_slow_readers_hold_up_nobody() -> None:

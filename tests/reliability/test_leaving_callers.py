@@ -32,7 +32,8 @@ Point = Callable[[Serving, random.Random], Awaitable[Any]]
 
 
 def generate(served: Serving, **request: Any) -> Any:
-    return served.inference.Generate(GenerateRequest(**({"text": "x", "max_tokens": NUM_TOKENS} | request)))
+    fields: dict[str, Any] = {"text": "x", "max_tokens": NUM_TOKENS} | request
+    return served.inference.Generate(GenerateRequest(**fields))
 
 
 async def on_arrival(served: Serving, chance: random.Random) -> Any:
@@ -244,9 +245,11 @@ async def black_hole(address: str) -> AsyncIterator[tuple[str, asyncio.Event]]:
 async def vanish(patience_seconds: float) -> float:
     """Eight streams whose network is gone from one moment to the next, with 18 s of tokens ahead; the seconds until nothing is
     held for them."""
-    async with serving(
-        engine=FakeEngine(rule=letters, step_seconds=0.02), server={"listen": ("127.0.0.1:0",)}
-    ) as served, black_hole(served.daemon.addresses[0]) as (relayed, is_dark), Caller(relayed) as caller:
+    async with (
+        serving(engine=FakeEngine(rule=letters, step_seconds=0.02), server={"listen": ("127.0.0.1:0",)}) as served,
+        black_hole(served.daemon.addresses[0]) as (relayed, is_dark),
+        Caller(relayed) as caller,
+    ):
         calls = [caller.inference.Generate(GenerateRequest(text="x", max_tokens=900)) for _ in range(8)]
         for call in calls:
             await call.read()

@@ -24,7 +24,9 @@ from tests.reliability.victims import is_free, victim
 NUM_SLOTS: Final = 8
 STEP_SECONDS: Final = 0.02
 NUM_TOKENS: Final = 20
-CAPACITY: Final = NUM_SLOTS / (NUM_TOKENS * STEP_SECONDS)  # requests a second, at most: a step takes longer than it sleeps
+CAPACITY: Final = NUM_SLOTS / (
+    NUM_TOKENS * STEP_SECONDS
+)  # requests a second, at most: a step takes longer than it sleeps
 SECTIONS: Final = {"scheduler": {"num_slots": NUM_SLOTS, "max_waiting": 16}}
 TAIL_SECONDS: Final = 3.0  # for what waits at the end of the load
 
@@ -47,7 +49,9 @@ class Load:
 
     def __str__(self) -> str:
         shed = f", shed p50 {percentile(self.shed_millis, 0.5):.1f} p99 {percentile(self.shed_millis, 0.99):.1f} ms"
-        return f"{self.num_sent} sent, {self.goodput:.1f}/s served{shed if self.shed_millis else ''}, {dict(self.codes)}"
+        return (
+            f"{self.num_sent} sent, {self.goodput:.1f}/s served{shed if self.shed_millis else ''}, {dict(self.codes)}"
+        )
 
 
 async def offer(callers: list[Caller], per_second: float, seconds: float) -> Load:
@@ -144,7 +148,9 @@ async def first_token_millis(caller: Caller, client_id: str) -> float:
     return first
 
 
-async def fairness(num_greedy: int, num_modest: int, seconds: float, **changes: Any) -> tuple[list[float], list[float], int]:
+async def fairness(
+    num_greedy: int, num_modest: int, seconds: float, **changes: Any
+) -> tuple[list[float], list[float], int]:
     """One caller that keeps so many requests in flight, and modest ones with one at a time: the modest ones' times to the
     first token alone and beside it, in milliseconds, and how many of the greedy one's were served."""
     sections = {"scheduler": {"num_slots": NUM_SLOTS, "max_waiting": 600}}

@@ -35,7 +35,7 @@ async def with_options(
     def options(settings: ServerSettings) -> list[tuple[str, int]]:
         found: dict[str, int | None] = dict(UNCHANGED(settings))
         assert set(changes) <= set(found), "a change of an option that the server does not set"
-        return [(name, value) for name, value in (found | changes).items() if value is not None]
+        return [(name, value) for name, value in {**found, **changes}.items() if value is not None]
 
     monkeypatch.setattr(server, "channel_options", options)
     async with serving(server={**TCP, "drain_grace_seconds": 0.0}, **more) as served:
@@ -45,7 +45,7 @@ async def with_options(
 async def closes_within(connection: Wire, seconds: float) -> bool:
     """Whether the daemon closes the connection in this time."""
     end = time.monotonic() + seconds
-    while not connection.is_closed and time.monotonic() < end:
+    while not connection.is_closed and time.monotonic() < end:  # noqa: ASYNC110  (the connection tells nobody)
         await asyncio.sleep(0.02)
     return connection.is_closed
 
@@ -139,9 +139,7 @@ async def test_keepalive_timeout_on_a_full_pipe(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(("interval_ms", "is_tolerated"), [(100, True), (None, False)])
-async def test_min_ping_interval(
-    monkeypatch: pytest.MonkeyPatch, interval_ms: int | None, is_tolerated: bool
-) -> None:
+async def test_min_ping_interval(monkeypatch: pytest.MonkeyPatch, interval_ms: int | None, is_tolerated: bool) -> None:
     """A caller may ping at the allowed interval, calls or no calls; without the option it is told to be calm."""
     changes = {"grpc.http2.min_ping_interval_without_data_ms": interval_ms}
     async with with_options(monkeypatch, changes) as served, wire(served.daemon.addresses[0]) as connection:

@@ -106,7 +106,9 @@ def settings(folder: str, *, is_tcp: bool = True, **sections: Any) -> Settings:
 
 
 @asynccontextmanager
-async def victim(*, is_tcp: bool = True, sections: Mapping[str, Any] | None = None, **changes: Any) -> AsyncIterator[Victim]:
+async def victim(
+    *, is_tcp: bool = True, sections: Mapping[str, Any] | None = None, **changes: Any
+) -> AsyncIterator[Victim]:
     """A daemon that serves; `changes` as of `program`. Killed in the end."""
     with tempfile.TemporaryDirectory(prefix="hg") as folder:
         async with process(settings(folder, is_tcp=is_tcp, **(sections or {})), program(**changes)) as running:

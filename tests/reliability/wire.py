@@ -116,7 +116,8 @@ class Wire:
                 if self._reads and event.flow_controlled_length:
                     self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
             case h2.events.ResponseReceived() | h2.events.TrailersReceived():
-                status = dict(event.headers).get("grpc-status")
+                # Text, as the connection is told to decode them; the types of h2 do not say so.
+                status = {str(name): str(value) for name, value in event.headers}.get("grpc-status")
                 if status is not None:
                     self.statuses[event.stream_id] = int(status)
             case h2.events.StreamReset():
@@ -137,9 +138,7 @@ class Wire:
         self.h2.send_headers(stream_id, _headers(path))
         if message is not None:
             data = framed(message)
-            self.h2.send_data(
-                stream_id, data if is_whole else data[: max(5, len(data) // 2)], end_stream=is_whole
-            )
+            self.h2.send_data(stream_id, data if is_whole else data[: max(5, len(data) // 2)], end_stream=is_whole)
         self.flush()
         return stream_id
 

@@ -1,7 +1,8 @@
 """What runs next: picks each step's rows, gives and takes slots and blocks. It never waits and knows no stream.
 
 Order of a step: decode rows first, so that running streams never stop; then chunks of prompts already begun; then new
-sequences, of those callers first who run least (`waiting.py`). A sequence that needs a block when none is left takes those of the youngest.
+sequences, of those callers first who run least (`waiting.py`).
+A sequence that needs a block when none is left takes those of the youngest.
 """
 
 from __future__ import annotations

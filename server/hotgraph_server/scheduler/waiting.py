@@ -36,7 +36,9 @@ class WaitingQueue(Generic[WaiterT]):
 
     def __init__(self) -> None:
         self._front: OrderedDict[int, WaiterT] = OrderedDict()  # by identity, here and below: they are found at once
-        self._of_client: OrderedDict[str, OrderedDict[int, WaiterT]] = OrderedDict()  # in the order of turns; none is empty
+        self._of_client: OrderedDict[str, OrderedDict[int, WaiterT]] = (
+            OrderedDict()
+        )  # in the order of turns; none is empty
         self._num = 0
 
     def __len__(self) -> int:
@@ -87,7 +89,7 @@ class WaitingQueue(Generic[WaiterT]):
             self._of_client.move_to_end(client)
 
     def put_back(self, waiter: WaiterT, *, is_front: bool) -> None:
-        """Where it was before it was taken out: first of its caller's, or with `is_front` of all. Last taken, first put back."""
+        """Where it was before `remove`: first of its caller's, or with `is_front` of all. Last taken, first put back."""
         if is_front:
             self.push_front(waiter)
             return

@@ -1,0 +1,106 @@
+"""Tests of scheduler/waiting.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hotgraph_server.scheduler.waiting import WaitingQueue
+
+
+@dataclass(frozen=True)
+class Request:
+    client: str
+
+
+@dataclass(frozen=True)
+class Ticket:
+    request: Request
+
+
+@dataclass(eq=False)
+class Waiting:
+    """Stands for a sequence of a caller."""
+
+    ticket: Ticket
+
+
+def waiting(client: str) -> Waiting:
+    return Waiting(Ticket(Request(client)))
+
+
+def take(queue: WaitingQueue[Waiting], running: Counter[str]) -> Waiting:
+    """Takes the next one, which runs from then on."""
+    found = queue.next(running.__getitem__)
+    queue.remove(found, is_turn=True)
+    running[found.ticket.request.client] += 1
+    return found
+
+
+def clients_in_turn(queue: WaitingQueue[Waiting], running: Counter[str]) -> str:
+    return "".join(take(queue, running).ticket.request.client for _ in range(len(queue)))
+
+
+def test_one_callers_requests_keep_their_order() -> None:
+    """First come, first served."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    all_of_them = [waiting("a") for _ in range(5)]
+    for one in all_of_them:
+        queue.append(one)
+    assert [take(queue, Counter()) for _ in range(5)] == all_of_them
+    assert not queue
+
+
+def test_callers_take_turns() -> None:
+    """Whoever runs least is next, then whose turn is longest ago, whatever the others have queued before."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    for client in "aaaaabbc":
+        queue.append(waiting(client))
+    assert clients_in_turn(queue, Counter(a=2)) == "bcbaaaaa"
+
+
+def test_who_gave_way_comes_first() -> None:
+    """A sequence that ran before is next, however much of its caller's runs."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    queue.append(waiting("b"))
+    first, second = waiting("a"), waiting("a")
+    queue.push_front(second)
+    queue.push_front(first)
+    running = Counter(a=9)
+    assert [take(queue, running), take(queue, running)] == [first, second]
+    assert queue.is_front(first) is False
+
+
+def test_who_is_passed_over_keeps_its_place() -> None:
+    """Taken out and put back, in the opposite order, the queue is what it was."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    for client in "abcab":
+        queue.append(waiting(client))
+    queue.push_front(waiting("c"))
+    before = list(queue)
+    taken = []
+    for _ in range(4):
+        one = queue.next(lambda _: 0)
+        taken.append((one, queue.is_front(one)))
+        queue.remove(one)
+    for one, is_front in reversed(taken):
+        queue.put_back(one, is_front=is_front)
+    assert list(queue) == before
+    assert len(queue) == 6
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 6))
+def test_shares_are_even(clients: list[str], num_slots: int) -> None:
+    """With slots that are given back in order, no caller who still waits runs two less than another one."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    for client in clients:
+        queue.append(waiting(client))
+    running: Counter[str] = Counter()
+    for _ in range(min(num_slots, len(queue))):
+        take(queue, running)
+        least = min((running[one.ticket.request.client] for one in queue), default=None)
+        if least is not None:
+            assert max(running.values()) - least <= 1
