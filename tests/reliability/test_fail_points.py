@@ -34,7 +34,7 @@ POINTS: Final = {
     "step": (f"{SERVER}.engine.fake:FakeEngine._run_step", "all"),
     "sampling": (f"{SERVER}.engine.fake:FakeEngine._sample", "all"),
     "capture_begin": ("graphcache.backends.eager:EagerBackend.capture", "none"),
-    "capture_end": (f"{SERVER}.engine.fake:_FakeProgram.verify", "none"),
+    "capture_end": ("graphcache.task:CaptureTask._publish", "none"),
     "graph_swap": ("graphcache.store:GraphStore.publish", "none"),
     "evict": ("graphcache.store:GraphStore.evict", "call"),
     "alloc": (f"{SERVER}.scheduler.blocks:BlockManager.open", "all"),
@@ -159,6 +159,7 @@ async def strike(point: str, action: str) -> None:
         ("detokenise", "memory"),
         ("capture_begin", "memory"),
         ("receive", "raise"),
+        ("alloc", "raise"),
         ("graph_swap", "kill"),
     ],
 )

@@ -53,6 +53,7 @@ async def test_rapid_resets() -> None:
     assert health.p99 < CI_MILLIS
 
 
+@pytest.mark.soak
 async def test_rapid_resets_harm_an_unbounded_server() -> None:
     """The control: with the library's own limits honest calls are cancelled."""
     health, _ = await reset_flood(20_000, 2.0, options=UNBOUNDED)
@@ -106,6 +107,7 @@ async def test_half_open_connections() -> None:
         assert health.p99 < CI_MILLIS
 
 
+@pytest.mark.soak
 async def test_half_open_connections_stay_without_the_timeout() -> None:
     """The control: with the library's own timeout they are there for two minutes."""
     async with victim(options={"grpc.server_handshake_timeout_ms": None}) as daemon, Caller(daemon.address) as caller:
@@ -166,6 +168,7 @@ async def ping_flood(seconds: float) -> tuple[Health, int]:
         return health, num_pings
 
 
+@pytest.mark.soak
 async def test_ping_flood_costs_no_call() -> None:
     """Pings without pause on ever new connections: honest calls may be late, none fails, and all is well afterwards."""
     health, num_pings = await ping_flood(1.5)
@@ -173,6 +176,7 @@ async def test_ping_flood_costs_no_call() -> None:
     assert not health.failures
 
 
+@pytest.mark.soak
 async def test_stream_flood_is_refused_cheaply() -> None:
     """One connection that opens 10,000 calls and never says what it wants: those over the limit are refused, others served."""
     async with victim() as daemon, Caller(daemon.address) as caller:
@@ -231,6 +235,7 @@ async def slow_readers(
         return alone, beside, cost_mib
 
 
+@pytest.mark.soak
 async def test_slow_readers_hold_up_nobody() -> None:
     """Eight callers that read nothing among 24 that do: the others' tokens come as before, and the eight are let go."""
     alone, beside, cost_mib = await slow_readers(8, 24, 60, 3.0)

@@ -84,6 +84,7 @@ async def test_large_herd_is_served() -> None:
     assert max(steady_seconds) < 30
 
 
+@pytest.mark.soak
 async def test_herd_without_retries_is_not_all_served() -> None:
     """The control: who does not try again is refused where there is no room, and never with any other status."""
     codes, _ = await herd(200, max_attempts=1, num_rounds=1)

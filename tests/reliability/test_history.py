@@ -151,6 +151,7 @@ async def test_nothing_is_lost_in_a_hundred_kills() -> None:
     assert outcome.num_resumes >= 2000
 
 
+@pytest.mark.soak
 async def test_without_resume_requests_are_lost() -> None:
     """The control: where clients do not go on, the history has holes, and they are found."""
     outcome = await kill_again_and_again(1, 20, resume=False)

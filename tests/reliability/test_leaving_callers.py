@@ -280,6 +280,7 @@ async def test_vanished_clients_are_noticed_with_the_defaults() -> None:
     assert await vanish(20) < 16
 
 
+@pytest.mark.soak
 async def test_vanished_clients_stay_without_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: without keepalive they hold their places for longer than that."""
     monkeypatch.setattr(server, "KEEPALIVE_TIME_MS", 2**31 - 1)
@@ -307,6 +308,7 @@ async def test_who_never_reads_is_let_go(monkeypatch: pytest.MonkeyPatch) -> Non
     await idle_writes(8, 0, 4)
 
 
+@pytest.mark.soak
 async def test_who_never_reads_stays_without_that_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: without it the calls are there until their deadline."""
     monkeypatch.setattr("hotgraph_server.rpc.inference.WRITE_SECONDS", 3600)

@@ -129,6 +129,7 @@ async def test_overload_is_shed_for_long() -> None:
     await check_overload(30.0, (1, 2, 5, 20), 0.95, 100)
 
 
+@pytest.mark.soak
 async def test_overload_without_a_bound_is_not_shed() -> None:
     """The control: where everything may wait, nothing is refused, and few of them are served in time."""
     found = await overload(0.5, (5,), scheduler={"num_slots": NUM_SLOTS, "max_waiting": 100_000})
@@ -204,6 +205,7 @@ async def test_a_greedy_caller_does_not_starve_others() -> None:
     assert percentile(beside, 0.99) < 500
 
 
+@pytest.mark.soak
 async def test_a_plain_queue_starves_others() -> None:
     """The control: first come, first served lets a modest caller wait behind all that a greedy one has queued."""
     more = "from hotgraph_server.rpc.clients import Client\nClient.identity = 'everyone'  # one queue for all"

@@ -110,9 +110,9 @@ KEEPALIVE: Final = {
     ("without", "is_noticed"),
     [
         (None, True),
-        ("grpc.keepalive_time_ms", False),
+        pytest.param("grpc.keepalive_time_ms", False, marks=pytest.mark.soak),
         ("grpc.http2.ping_timeout_ms", False),
-        ("grpc.keepalive_permit_without_calls", False),
+        pytest.param("grpc.keepalive_permit_without_calls", False, marks=pytest.mark.soak),
     ],
 )
 async def test_silent_peer_is_dropped(monkeypatch: pytest.MonkeyPatch, without: str | None, is_noticed: bool) -> None:
@@ -126,6 +126,7 @@ async def test_silent_peer_is_dropped(monkeypatch: pytest.MonkeyPatch, without: 
 
 
 @pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.soak
 async def test_keepalive_timeout_on_a_full_pipe(monkeypatch: pytest.MonkeyPatch, is_set: bool) -> None:
     """A peer that takes nothing from its socket any more is dropped too; without the three options it stays."""
     changes: dict[str, int | None] = dict(KEEPALIVE) if is_set else dict.fromkeys(KEEPALIVE)

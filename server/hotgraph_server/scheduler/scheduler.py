@@ -362,9 +362,12 @@ class Scheduler:
             self._counts.num_failed += 1
         self._forget(ticket)
         ticket.end(error)
-        for sequence in ticket.sequences:
-            if not sequence.is_finished:
-                self._planner.finish(sequence)
+        # After a failure the planner may stand half way through a plan, and to clean up there could fail again: what matters
+        # then is that everybody hears of it and the process ends.
+        if self._failure is None:
+            for sequence in ticket.sequences:
+                if not sequence.is_finished:
+                    self._planner.finish(sequence)
         self._wake.set()
 
     def _forget(self, ticket: Ticket) -> None:
