@@ -24,8 +24,8 @@ from tests.reliability.attackers import GENERATE, attacker
 from tests.reliability.wire import dial, wire
 
 STEP_SECONDS: Final = 0.002
-NUM_TOKENS: Final = 400  # 0.8 s of steps: a request that is not given up is seen to run on
-FREE_SECONDS: Final = 0.3  # a generous time for two processes and a step; what is measured is in steps
+NUM_TOKENS: Final = 900  # 1.8 s of steps and more: a request that is not given up is seen to run on
+FREE_SECONDS: Final = 1.0  # a generous time for two processes and a step; what is measured is in steps
 
 # A way to bring one request to a point of its life, and to cancel it there.
 Point = Callable[[Serving, random.Random], Awaitable[Any]]
