@@ -61,7 +61,7 @@ async def in_the_prompt(served: Serving, chance: random.Random) -> Any:
 async def waiting_for_a_graph(served: Serving, chance: random.Random) -> Any:
     policy = GraphPolicy(mode=GRAPH_MODE_WAIT_UP_TO)
     policy.max_wait.seconds = 30
-    call = generate(served, graph_policy=policy, text="z" * chance.randint(1, 200))
+    call = generate(served, graph_policy=policy, text="z" * chance.randint(1, 100))
     await asyncio.sleep(chance.uniform(0, 0.004))
     return call
 
