@@ -226,8 +226,11 @@ class GraphCache(Generic[K]):
                 num_captures=store.num_captures,
                 num_evictions=store.num_evictions,
                 num_failures=store.num_failures,
+                num_quarantines=store.num_quarantines,
                 used_bytes=store.ledger.used_bytes,
                 limit_bytes=store.ledger.limit_bytes,
+                stall_seconds=self._core.governor.stall_seconds,
+                stall_budget_seconds=self._core.governor.stall_budget_seconds,
             )
 
     # Steering.

@@ -28,6 +28,7 @@ class Governor:
         self.waited_seconds = (
             0.0  # that captures under way stood still, for a pause or for a step; written by the capture thread
         )
+        self.stall_seconds = 0.0  # that captures took while others were served: all that was ever charged
         self._running = threading.Event()
         self._running.set()
         self._is_open = True
@@ -89,6 +90,7 @@ class Governor:
         if is_serving:
             self._fill()
             self._tokens_seconds -= seconds
+            self.stall_seconds += seconds
 
     def credit_miss(self, seconds: float) -> None:
         """A step of `seconds` missed a graph that is to be captured."""

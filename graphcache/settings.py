@@ -75,7 +75,11 @@ def check_stall_budget(seconds: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counts since the cache was made. `num_hits` and `num_misses` count steps; `num_captures` those that were published."""
+    """Counts since the cache was made. `num_hits` and `num_misses` count steps; `num_captures` those that were published.
+
+    `num_failures` has the `num_quarantines` among them. `stall_seconds`: what captures took while others were served, all of
+    which is charged to the stall budget; it bounds from above what those who were served lost.
+    """
 
     backend: str
     num_ready: int
@@ -85,5 +89,8 @@ class CacheStats:
     num_captures: int
     num_evictions: int
     num_failures: int
+    num_quarantines: int
     used_bytes: int
     limit_bytes: int
+    stall_seconds: float
+    stall_budget_seconds: float

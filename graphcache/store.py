@@ -59,6 +59,7 @@ class GraphStore(Generic[K]):
         self.num_captures = 0
         self.num_evictions = 0
         self.num_failures = 0
+        self.num_quarantines = 0
         self._num_forgotten_hits = 0
         self._num_forgotten_misses = 0
         self._names: dict[str, Entry[K]] = {}
@@ -134,6 +135,7 @@ class GraphStore(Generic[K]):
         entry.num_failures += 1
         entry.failure = failure
         self.num_failures += 1
+        self.num_quarantines += 1
         self._move(entry, GraphState.QUARANTINED)
         self._tell(EventType.QUARANTINED, entry, failure)
 
