@@ -173,6 +173,23 @@ class GraphSettings(Section):
     profile: Annotated[Path | None, Field(description="Profile to import on start, export on stop.")] = None
 
 
+class MetricsSettings(Section):
+    """What Prometheus may read, and where."""
+
+    listen: Annotated[
+        tuple[str, ...],
+        Field(description="Addresses for GET /metrics, as in server.listen and guarded like those. Default: none."),
+    ] = ()
+    token_file: Annotated[
+        Path | None,
+        Field(description="Tokens that TCP scrapers have to show, as in server.token_file, whatever their role."),
+    ] = None
+    max_clients: Annotated[
+        int,
+        Field(ge=0, le=1000, description="Clients that have counters of their own; the rest is one. 0: nobody has."),
+    ] = 32
+
+
 class LoggingSettings(Section):
     """What is logged, and how."""
 
@@ -190,6 +207,7 @@ class Settings(Section):
     scheduler: SchedulerSettings = SchedulerSettings()
     kv_cache: KvCacheSettings = KvCacheSettings()
     graphs: GraphSettings = GraphSettings()
+    metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
 
 

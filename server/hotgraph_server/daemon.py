@@ -34,6 +34,7 @@ from hotgraph_server.errors import (
     NotPossibleError,
     SettingsError,
 )
+from hotgraph_server.observability import Observability
 from hotgraph_server.reloading import reload_settings
 from hotgraph_server.rpc import TRANSITIONS, DaemonState, Lifecycle, RpcServer, ServedModel
 from hotgraph_server.rpc.graph import fitting_profile
@@ -172,6 +173,7 @@ class Daemon:
             engine_moved_at=lambda: None if self._scheduler is None else self._scheduler.engine_moved_at,
         )
         self._rpc = RpcServer(settings, self.lifecycle, clock=self._clock, drain=self.drain)
+        self.observability = Observability(settings, self.lifecycle, self._rpc)
         self._engine: Engine | None = None
         self._scheduler: Scheduler | None = None
         self._warmth: asyncio.Task[None] | None = None
@@ -198,6 +200,7 @@ class Daemon:
         """
         self._supervision.start()
         await self._rpc.start()
+        await self.observability.start()
         logger.info("listening on %s", ", ".join(self.addresses))
 
     async def load(self) -> None:
@@ -219,6 +222,7 @@ class Daemon:
         served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
         self._import_profile(served)
         gc.freeze()  # model and libraries are here to stay: no collection has to walk through them
+        self.observability.watch(served)
         self.lifecycle.serve(served)
         hub = self._rpc.open(served)
         self._warmth = asyncio.get_running_loop().create_task(self._watch_warmth(served, hub), name="warmth")
@@ -281,6 +285,7 @@ class Daemon:
                 credentials, wanted = await in_daemon_thread(
                     lambda: (self._rpc.load_credentials(), load()), name="hotgraph-reload"
                 )
+                await self.observability.reload()
                 changed = self._rpc.set_credentials(credentials)
                 self._apply(wanted, changed)
             except SettingsError as error:
@@ -339,6 +344,7 @@ class Daemon:
         await self._close_engine()
         if self._cores is not None:
             self._cores.close()
+        await self.observability.stop()
         await self._supervision.stop()
         logger.info("stopped")
 

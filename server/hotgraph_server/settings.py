@@ -53,6 +53,9 @@ _FLAG_NAMES: Mapping[str, str] = types.MappingProxyType(
         "graphs.max_padding_ratio": "--graph-max-padding-ratio",
         "graphs.padding": "--graph-padding",
         "graphs.profile": "--graph-profile",
+        "metrics.listen": "--metrics-listen",
+        "metrics.token_file": "--metrics-token-file",
+        "metrics.max_clients": "--metrics-max-clients",
         "logging.level": "--log-level",
         "logging.format": "--log-format",
     }

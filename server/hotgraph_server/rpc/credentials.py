@@ -75,7 +75,9 @@ class HeldCredentials:
         return grpc.dynamic_ssl_server_credentials(used.configuration(), fetcher, used.client_ca is not None)
 
 
-def check_exposure(addresses: list[UnixAddress | TcpAddress], server: ServerSettings) -> None:
+def check_exposure(
+    addresses: list[UnixAddress | TcpAddress], server: ServerSettings, *, token_setting: str = "server.token_file"
+) -> None:
     """Whether the settings fit together, and nothing is open to a network. Raises SettingsError, which ends the start."""
     has_tls = server.tls_certificate is not None
     if has_tls != (server.tls_key is not None):
@@ -92,7 +94,7 @@ def check_exposure(addresses: list[UnixAddress | TcpAddress], server: ServerSett
             continue
         missing = [] if has_tls else ["TLS (server.tls_certificate, server.tls_key)"]
         if not has_authentication:
-            missing.append("authentication (server.token_file or server.tls_client_ca)")
+            missing.append(f"authentication ({token_setting} or server.tls_client_ca)")
         raise SettingsError(f"{address} is open to the network: it wants {' and '.join(missing)}")
 
 
@@ -104,12 +106,12 @@ def load_credentials(server: ServerSettings, environment: Mapping[str, str] | No
     environment = os.environ if environment is None else environment
     tls: TlsMaterial | None = None
     if server.tls_certificate is not None and server.tls_key is not None:
-        certificate, key = _resolved(server.tls_certificate, environment), _resolved(server.tls_key, environment)
-        client_ca = None if server.tls_client_ca is None else _resolved(server.tls_client_ca, environment)
+        certificate, key = resolved(server.tls_certificate, environment), resolved(server.tls_key, environment)
+        client_ca = None if server.tls_client_ca is None else resolved(server.tls_client_ca, environment)
         tls = _load_tls(certificate, key, client_ca)
     tokens: Tokens | None = None
     if server.token_file is not None:
-        path = _resolved(server.token_file, environment)
+        path = resolved(server.token_file, environment)
         try:
             text = _read(path, "token", is_private=True).decode()
         except UnicodeDecodeError:
@@ -118,7 +120,9 @@ def load_credentials(server: ServerSettings, environment: Mapping[str, str] | No
     return Credentials(tls, tokens)
 
 
-def _resolved(path: Path, environment: Mapping[str, str]) -> Path:
+def resolved(path: Path, environment: Mapping[str, str] | None = None) -> Path:
+    """Where a file of the settings is. Raises SettingsError."""
+    environment = os.environ if environment is None else environment
     if not path.parts or path.parts[0] not in (f"${CREDENTIALS_VARIABLE}", f"${{{CREDENTIALS_VARIABLE}}}"):
         return path
     folder = environment.get(CREDENTIALS_VARIABLE)

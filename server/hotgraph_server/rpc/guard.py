@@ -31,6 +31,7 @@ from hotgraph_server.errors import (
     NotPossibleError,
     Violation,
 )
+from hotgraph_server.rpc.call import Call, CallObserver, trace_context
 from hotgraph_server.rpc.status import code_of, status_of
 from hotgraph_server.rpc.validate import is_identifier
 
@@ -97,6 +98,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._max_message_bytes = max_message_bytes
         self._handlers: dict[str, Handler] = {}
         self.calls = calls or ActiveCalls()
+        self.observer: CallObserver | None = None
 
     async def intercept_service(
         self,
@@ -124,7 +126,7 @@ class Guard(grpc.aio.ServerInterceptor):
             try:
                 self._authorise(method, context)
             except HotgraphError as error:
-                await _abort(context, method, error, "")
+                await _abort(context, Call(method), error)
 
         async def serve(request: Any, context: Context) -> Any:
             await authorise(context)
@@ -185,35 +187,56 @@ class Guard(grpc.aio.ServerInterceptor):
         data: bytes,
         context: Context,
     ) -> Any:
-        request_id = ""
+        call = Call(method)
+        try:
+            return await self._answer(call, parse, behaviour, data, context)
+        except BaseException:
+            call.leave(context)
+            raise
+        finally:
+            call.end(self.observer)
+
+    async def _answer(
+        self,
+        call: Call,
+        parse: Callable[[bytes], Message],
+        behaviour: Behaviour,
+        data: bytes,
+        context: Context,
+    ) -> Any:
+        method = call.method
         try:
             self._authorise(method, context)
             self._admit(method, context)
             if len(data) > self._max_message_bytes:
                 raise MessageTooLargeError(limit_bytes=self._max_message_bytes, size_bytes=len(data))
             request = parse_request(parse, data)
-            request_id = named_request(request)
+            call.request_id = named_request(request)
+            if self.observer is not None:
+                call.trace_context = trace_context(context)
+                self.observer.call_begun(call)
             return await behaviour(request, context)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise  # the status is sent, or the connection is gone: InternalError is gRPC's own, for a failed operation
         except HotgraphError as error:
-            await _abort(context, method, error, request_id)
+            await _abort(context, call, error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise  # the client left, its deadline passed, or the server stops the call
             logger.warning("%s was interrupted by the server itself", method, exc_info=True)
             interrupted = DrainingError("the call was interrupted", retry_after_seconds=INTERRUPTED_RETRY_SECONDS)
-            await _abort(context, method, interrupted, request_id)
+            await _abort(context, call, interrupted)
         except Exception as error:
-            await _abort(context, method, _incident(method, error), request_id)
+            await _abort(context, call, _incident(call, error))
 
 
-async def _abort(context: Context, method: str, error: HotgraphError, request_id: str) -> Never:
+async def _abort(context: Context, call: Call, error: HotgraphError) -> Never:
     if code_of(error) is None:  # one of those that end the process: no caller's business
-        error = _incident(method, error)
-    status = status_of(error, request_id=request_id)
-    logger.debug("%s ended with %s: %s", method, status.code.name, status.message)
+        error = _incident(call, error)
+    status = status_of(error, request_id=call.request_id)
+    call.fail(status, error.reason)
+    logger.debug("%s ends with %s: %s", call.method, status.code.name, status.message)
     try:
         async with asyncio.timeout(STATUS_SECONDS):
             await context.abort(status.code, status.message, status.trailing_metadata)
@@ -223,10 +246,11 @@ async def _abort(context: Context, method: str, error: HotgraphError, request_id
         raise asyncio.CancelledError("the client does not read") from None
 
 
-def _incident(method: str, error: BaseException) -> InternalError:
+def _incident(call: Call, error: BaseException) -> InternalError:
     """Logs what happened under a fresh id; the id is all that the caller gets."""
     incident = uuid.uuid4().hex
-    logger.error("%s failed, incident %s", method, incident, exc_info=error)
+    fields = {"request_id": call.request_id} if call.request_id else {}
+    logger.error("%s failed, incident %s", call.method, incident, exc_info=error, extra=fields)
     return InternalError(incident)
 
 

@@ -32,6 +32,7 @@ from hotgraph_server.rpc.addresses import (
     private_umask,
 )
 from hotgraph_server.rpc.admin import AdminServicer, Drain
+from hotgraph_server.rpc.call import CallObserver
 from hotgraph_server.rpc.clients import ClientRegistry
 from hotgraph_server.rpc.credentials import Credentials, HeldCredentials, check_exposure, load_credentials
 from hotgraph_server.rpc.graph import GraphServicer
@@ -135,6 +136,7 @@ class RpcServer:
         self._health = HealthServicer([OVERALL, *OUR_SERVICES, WARM])
         self._held = HeldCredentials(Credentials())
         self._calls = ActiveCalls()
+        self._guards: list[Guard] = []
         has_admin_listener = bool(settings.server.admin_listen)
         self._server = self._make_server(Access(self._held, settings.server, serves_admin=not has_admin_listener))
         self._admin_server: grpc.aio.Server | None = None
@@ -152,6 +154,7 @@ class RpcServer:
             max_message_bytes=self._settings.server.max_message_bytes,
             calls=self._calls,
         )
+        self._guards.append(guard)
         made = grpc.aio.server(interceptors=(guard,), options=channel_options(self._settings.server))
         server: Any = _WithoutRegistration(made)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
@@ -240,6 +243,16 @@ class RpcServer:
     def apply(self, settings: Settings) -> None:
         """Takes over what a reload may change. Listeners and their options stay as they are."""
         self._inference.apply(settings)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of our services that are inside."""
+        return self._calls.count
+
+    def observe(self, observer: CallObserver) -> None:
+        """Has it hear of every call of our services from now on."""
+        for guard in self._guards:
+            guard.observer = observer
 
     def set_warm(self) -> None:
         """Health says that what was queued for capture at the start is captured."""

@@ -30,9 +30,10 @@ from hotgraph_server.errors import (
     QueueFullError,
     ServerTimeLimitError,
 )
-from hotgraph_server.request import GraphMode, Request, TokenLogprobs, TokensEvent
+from hotgraph_server.request import FinishedEvent, GraphMode, Request, TokenLogprobs, TokensEvent
 from hotgraph_server.scheduler.admission import Admission
 from hotgraph_server.scheduler.blocks import BlockManager
+from hotgraph_server.scheduler.observer import Observer
 from hotgraph_server.scheduler.planner import Plan, Planner
 from hotgraph_server.scheduler.sequence import Sequence
 from hotgraph_server.scheduler.slots import SlotPool
@@ -69,6 +70,7 @@ class Scheduler:
         self.on_submit: Callable[[], None] | None = (
             None  # first of all, for whatever a request that comes should find awake
         )
+        self.observer: Observer | None = None
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = settings
@@ -279,6 +281,8 @@ class Scheduler:
     def _retire(self, step: _InFlight) -> None:
         output = step.result.result()  # raises what the engine raised
         now = self._engine_moved_at = self._clock.monotonic()
+        if self.observer is not None:
+            self.observer.step_done(step.plan.sequences, output, now)
         counts = self._counts
         failed = set(output.failed_rows)
         tickets = {id(sequence.ticket): sequence.ticket for sequence in step.plan.sequences}
@@ -329,8 +333,8 @@ class Scheduler:
     def _end_if_done(self, ticket: Ticket) -> None:
         if not ticket.is_ended and ticket.is_done:
             self._counts.num_finished += 1
-            self._forget(ticket)
-            ticket.end(ticket.finished_event(self._clock.monotonic()))
+            now = self._clock.monotonic()
+            self._end(ticket, ticket.finished_event(now), now)
 
     def _cancel(self, ticket: Ticket) -> None:
         if not ticket.is_ended:
@@ -360,8 +364,7 @@ class Scheduler:
             self._counts.num_expired += 1
         else:
             self._counts.num_failed += 1
-        self._forget(ticket)
-        ticket.end(error)
+        self._end(ticket, error, self._clock.monotonic())
         # After a failure the planner may stand half way through a plan, and to clean up there could fail again: what matters
         # then is that everybody hears of it and the process ends.
         if self._failure is None:
@@ -370,8 +373,11 @@ class Scheduler:
                     self._planner.finish(sequence)
         self._wake.set()
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _end(self, ticket: Ticket, end: FinishedEvent | HotgraphError, now: float) -> None:
         self._tickets.pop(ticket.request.request_id, None)
+        ticket.end(end)
+        if self.observer is not None:
+            self.observer.request_ended(ticket, end, now)
 
     def _lose(self) -> None:
         """A capture found that the device is lost, before a step did."""

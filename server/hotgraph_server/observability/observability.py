@@ -1,0 +1,83 @@
+"""All that watches one daemon, put together: counters where things happen, the page and its listener, traces.
+
+Nothing of it is made unless the settings ask for it, and then no library of it is imported either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hotgraph_server.config import Settings
+from hotgraph_server.rpc import Lifecycle, RpcServer, ServedModel
+
+if TYPE_CHECKING:
+    from hotgraph_server.observability.captures import CaptureMetrics
+    from hotgraph_server.observability.listener import MetricsListener
+    from hotgraph_server.observability.loop_lag import LoopLag
+    from hotgraph_server.observability.requests import RequestMetrics
+
+
+class Observability:
+    """Made on the event loop, which it keeps to."""
+
+    def __init__(self, settings: Settings, lifecycle: Lifecycle, rpc: RpcServer) -> None:
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._rpc = rpc
+        self._requests: RequestMetrics | None = None
+        self._captures: CaptureMetrics | None = None
+        self._loop_lag: LoopLag | None = None
+        self._listener: MetricsListener | None = None
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where metrics are served, with the ports that were chosen."""
+        return () if self._listener is None else self._listener.addresses
+
+    async def start(self) -> None:
+        """Listens for scrapes, if that is asked for. Raises AddressInUseError or SettingsError."""
+        if not self._settings.metrics.listen:
+            return
+        from hotgraph_server.observability.calls import CallMetrics
+        from hotgraph_server.observability.captures import CaptureMetrics
+        from hotgraph_server.observability.listener import MetricsListener
+        from hotgraph_server.observability.loop_lag import LoopLag
+        from hotgraph_server.observability.page import Page, Sources
+        from hotgraph_server.observability.requests import RequestMetrics
+
+        calls = CallMetrics()
+        self._requests = RequestMetrics(max_clients=self._settings.metrics.max_clients)
+        self._captures = CaptureMetrics()
+        self._loop_lag = LoopLag()
+        page = Page(
+            Sources(
+                lifecycle=self._lifecycle,
+                requests=self._requests,
+                calls=calls,
+                captures=self._captures,
+                loop_lag=self._loop_lag,
+                num_calls_in_flight=lambda: self._rpc.num_calls,
+            )
+        )
+        self._listener = MetricsListener(self._settings, page.families)
+        await self._listener.start()
+        self._rpc.observe(calls)
+        self._loop_lag.start()
+
+    def watch(self, served: ServedModel) -> None:
+        """The model is loaded, and no request of anyone has run yet."""
+        served.scheduler.observer = self._requests
+        if self._captures is not None:
+            served.engine.graphs.add_listener(self._captures.on_event)
+
+    async def reload(self) -> None:
+        """Reads certificates and tokens again. Raises SettingsError."""
+        if self._listener is not None:
+            await self._listener.reload()
+
+    async def stop(self) -> None:
+        """May be called again, and without a start."""
+        if self._loop_lag is not None:
+            self._loop_lag.stop()
+        if self._listener is not None:
+            await self._listener.stop()
