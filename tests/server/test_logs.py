@@ -6,13 +6,23 @@ import io
 import json
 import logging
 import queue
+import time
 import warnings
 
 import pytest
 import structlog
 
 from hotgraph_server.config import LoggingSettings
-from hotgraph_server.logs import BoundedQueueHandler, logging_to
+from hotgraph_server.logs import (
+    BURST_LINES,
+    BURST_SECONDS,
+    MAX_KINDS,
+    BoundedQueueHandler,
+    BurstFilter,
+    LogCounts,
+    log_counts,
+    logging_to,
+)
 
 LOG = structlog.get_logger("hotgraph_server.somewhere")
 
@@ -152,3 +162,91 @@ class _Revived(io.StringIO):
             closed, self._closed = self._closed, None
             return closed.write(text)
         return super().write(text)
+
+
+def test_fields_of_calls() -> None:
+    """What a library's logger is given besides its text stands in the line, where it is one of the fields that lines carry."""
+    stream = io.StringIO()
+    with logging_to(LoggingSettings(format="json"), stream):
+        logging.getLogger("hotgraph.calls").info(
+            "call ended", extra={"request_id": "r1", "reason": "R", "prompt": "secret"}
+        )
+    line = json.loads(stream.getvalue())
+    assert (line["request_id"], line["reason"]) == ("r1", "R")
+    assert "prompt" not in line
+
+
+def test_a_burst_is_summed_up() -> None:
+    """Of equal lines in a burst the first are written, then one that says how many more; others and errors are all written."""
+    stream = io.StringIO()
+    calls = logging.getLogger("hotgraph.calls")
+    with logging_to(LoggingSettings(format="json"), stream):
+        for number in range(100):
+            calls.info("call %d ended", number, extra={"reason": "QUEUE_FULL"})
+            calls.error("broken %d", number)
+        calls.info("call %d ended", 100, extra={"reason": "INTERNAL"})
+        LOG.info("something else")
+        assert log_counts() == LogCounts(num_lost=0, num_summed=100 - BURST_LINES)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    written = [line for line in lines if line.get("reason") == "QUEUE_FULL"]
+    assert [line["event"] for line in written[:BURST_LINES]] == [
+        f"call {number} ended" for number in range(BURST_LINES)
+    ]
+    assert [line["event"] for line in written[BURST_LINES:]] == [f"{100 - BURST_LINES} more like 'call %d ended'"]
+    assert sum(line["event"].startswith("broken") for line in lines) == 100
+    assert {"call 100 ended", "something else"} <= {line["event"] for line in lines}
+    assert log_counts() == LogCounts()
+
+
+def test_a_burst_that_is_over_is_told_of() -> None:
+    """Later lines of a kind are written again, after the sum of what was not; without any the timer tells."""
+    now = 0.0
+    bursts = BurstFilter(clock=lambda: now)
+    told: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    logger = logging.getLogger("hotgraph.test_bursts")
+    handler = Handler()
+    handler.addFilter(bursts)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        for _ in range(BURST_LINES + 7):
+            logger.warning("again")
+        now = BURST_SECONDS
+        logger.warning("again")
+        assert told[-2:] == ["7 more like 'again'", "again"]
+        for _ in range(BURST_LINES + 2):
+            logger.warning("again")
+        now = 3 * BURST_SECONDS
+        bursts.flush()
+        assert told[-1] == "3 more like 'again'"
+    finally:
+        bursts.flush(is_last=True)
+        logger.removeHandler(handler)
+
+
+def test_kinds_of_lines_are_bounded() -> None:
+    """Texts without end, as only a mistake would make, do not fill the memory."""
+    bursts = BurstFilter()
+    for number in range(3 * MAX_KINDS):
+        assert bursts.filter(logging.LogRecord("x", logging.INFO, "", 0, f"text {number}", (), None))
+    assert len(bursts._bursts) <= MAX_KINDS
+
+
+def test_a_flood_costs_little() -> None:
+    """A line that is only counted costs no formatting: a few microseconds."""
+    stream = io.StringIO()
+    calls = logging.getLogger("hotgraph.calls")
+    with logging_to(LoggingSettings(format="json"), stream):
+        fastest = float("inf")
+        for _ in range(10):
+            begin = time.perf_counter()
+            for number in range(500):
+                calls.info("call %d ended", number)
+            fastest = min(fastest, (time.perf_counter() - begin) / 500)
+    print(f"{fastest * 1e6:.1f} us a line")
+    assert fastest < 50e-6

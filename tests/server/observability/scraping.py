@@ -52,9 +52,11 @@ async def scrape(
     request: str = "GET /metrics HTTP/1.1",
     context: ssl.SSLContext | None = None,
 ) -> Answer:
-    """One request of one connection."""
+    """One request of one connection. Raises ConnectionResetError when nothing is answered."""
     lines = [request, "Host: test", f"Accept: {accept}", *([f"Authorization: Bearer {token}"] if token else []), "", ""]
     answer = (await exchange(address, "\r\n".join(lines).encode(), context=context)).decode()
+    if not answer:
+        raise ConnectionResetError("no answer")
     head, _, body = answer.partition("\r\n\r\n")
     status, *pairs = head.split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (pair.partition(":") for pair in pairs)}
