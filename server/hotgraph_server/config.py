@@ -190,6 +190,21 @@ class MetricsSettings(Section):
     ] = 32
 
 
+class TraceSettings(Section):
+    """Where spans of calls go, over OTLP. Wants the extra otel."""
+
+    endpoint: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="A collector's address for OTLP over gRPC, such as http://127.0.0.1:4317. Default: no traces.",
+        ),
+    ] = None
+    sample_ratio: Annotated[
+        float, Field(ge=0, le=1, description="Of calls whose caller traces nothing; the others go by their caller.")
+    ] = 1.0
+
+
 class LoggingSettings(Section):
     """What is logged, and how."""
 
@@ -208,6 +223,7 @@ class Settings(Section):
     kv_cache: KvCacheSettings = KvCacheSettings()
     graphs: GraphSettings = GraphSettings()
     metrics: MetricsSettings = MetricsSettings()
+    traces: TraceSettings = TraceSettings()
     logging: LoggingSettings = LoggingSettings()
 
 

@@ -56,6 +56,8 @@ _FLAG_NAMES: Mapping[str, str] = types.MappingProxyType(
         "metrics.listen": "--metrics-listen",
         "metrics.token_file": "--metrics-token-file",
         "metrics.max_clients": "--metrics-max-clients",
+        "traces.endpoint": "--traces-endpoint",
+        "traces.sample_ratio": "--traces-sample-ratio",
         "logging.level": "--log-level",
         "logging.format": "--log-format",
     }

@@ -261,16 +261,13 @@ async def prometheus(target: str, folder: Path) -> AsyncIterator[Prometheus]:
                 found = re.search(r"Listening on\W+(?:address=)?([\d.]+:\d+)", log.read_text())
                 return found and found[1]
 
-            address = await eventually(lambda: listening() or _fail_if_over(process, log), PATIENCE_SECONDS)
+            address = await eventually(lambda: listening() or process.returncode is not None, PATIENCE_SECONDS)
+            assert isinstance(address, str), log.read_text()
             yield Prometheus(address)
         finally:
             if process.returncode is None:
                 process.kill()
             await process.wait()
-
-
-def _fail_if_over(process: asyncio.subprocess.Process, log: Path) -> None:
-    assert process.returncode is None, log.read_text()
 
 
 async def fires(server: Prometheus, *names: str) -> bool:

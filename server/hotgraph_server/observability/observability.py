@@ -5,16 +5,27 @@ Nothing of it is made unless the settings ask for it, and then no library of it 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Final
 
 from hotgraph_server.config import Settings
+from hotgraph_server.observability.observers import CallObservers, Observers
 from hotgraph_server.rpc import Lifecycle, RpcServer, ServedModel
+from hotgraph_server.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from hotgraph_server.observability.captures import CaptureMetrics
     from hotgraph_server.observability.listener import MetricsListener
     from hotgraph_server.observability.loop_lag import LoopLag
     from hotgraph_server.observability.requests import RequestMetrics
+    from hotgraph_server.observability.traces import Traces
+    from hotgraph_server.rpc.call import CallObserver
+    from hotgraph_server.scheduler.observer import Observer
+
+logger = logging.getLogger("hotgraph.observability")
+
+LAST_SPANS_SECONDS: Final = 3.0  # to hand over what is left of traces when the daemon ends
 
 
 class Observability:
@@ -28,6 +39,7 @@ class Observability:
         self._captures: CaptureMetrics | None = None
         self._loop_lag: LoopLag | None = None
         self._listener: MetricsListener | None = None
+        self._traces: Traces | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -35,9 +47,19 @@ class Observability:
         return () if self._listener is None else self._listener.addresses
 
     async def start(self) -> None:
-        """Listens for scrapes, if that is asked for. Raises AddressInUseError or SettingsError."""
-        if not self._settings.metrics.listen:
-            return
+        """Listens for scrapes, and makes traces, if that is asked for. Raises AddressInUseError or SettingsError."""
+        observers: list[CallObserver] = []
+        if self._settings.traces.endpoint is not None:
+            from hotgraph_server.observability.traces import Traces
+
+            self._traces = Traces(self._settings.traces)
+            observers.append(self._traces)
+        if self._settings.metrics.listen:
+            observers.append(await self._start_metrics())
+        if observers:
+            self._rpc.observe(CallObservers(observers))
+
+    async def _start_metrics(self) -> CallObserver:
         from hotgraph_server.observability.calls import CallMetrics
         from hotgraph_server.observability.captures import CaptureMetrics
         from hotgraph_server.observability.listener import MetricsListener
@@ -61,12 +83,16 @@ class Observability:
         )
         self._listener = MetricsListener(self._settings, page.families)
         await self._listener.start()
-        self._rpc.observe(calls)
         self._loop_lag.start()
+        return calls
 
     def watch(self, served: ServedModel) -> None:
         """The model is loaded, and no request of anyone has run yet."""
-        served.scheduler.observer = self._requests
+        observers: list[Observer] = [item for item in (self._requests, self._traces) if item is not None]
+        if observers:
+            served.scheduler.observer = Observers(observers)
+        if self._traces is not None:
+            self._traces.model_id = served.model_id
         if self._captures is not None:
             served.engine.graphs.add_listener(self._captures.on_event)
 
@@ -81,3 +107,10 @@ class Observability:
             self._loop_lag.stop()
         if self._listener is not None:
             await self._listener.stop()
+        if self._traces is not None:
+            traces, self._traces = self._traces, None
+            try:
+                async with asyncio.timeout(LAST_SPANS_SECONDS):
+                    await in_daemon_thread(traces.stop, name="hotgraph-traces")
+            except TimeoutError:
+                logger.warning("the last spans were not taken within %.0f s", LAST_SPANS_SECONDS)

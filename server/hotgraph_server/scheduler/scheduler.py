@@ -429,7 +429,8 @@ class Scheduler:
         ticket = sequence.ticket
         if ticket.wait_until is None:
             return True
-        if self._clock.monotonic() >= ticket.wait_until or not self._admission.missing_graphs(ticket.request):
-            ticket.wait_until = None
+        now = self._clock.monotonic()
+        if now >= ticket.wait_until or not self._admission.missing_graphs(ticket.request):
+            ticket.wait_until, ticket.graphs_ready_time = None, now
             return True
         return False

@@ -29,7 +29,12 @@ def test_every_flag_sets_its_setting(option: object, run: Run) -> None:
     from hotgraph_server.settings import Option
 
     assert isinstance(option, Option)
-    special = {"model.device": "cpu", "model.max_context": "128", "scheduler.max_step_tokens": "128"}
+    special = {
+        "model.device": "cpu",
+        "model.max_context": "128",
+        "scheduler.max_step_tokens": "128",
+        "traces.sample_ratio": "0.5",
+    }
     values = {
         Kind.TEXT: "word",
         Kind.CHOICE: option.choices[-1] if option.choices else "",
@@ -46,7 +51,7 @@ def test_every_flag_sets_its_setting(option: object, run: Run) -> None:
     expected = {
         Kind.SWITCH: False,
         Kind.INTEGER: int(text) if text.isdigit() else None,
-        Kind.NUMBER: 1.5,
+        Kind.NUMBER: float(text) if option.kind is Kind.NUMBER else None,
         Kind.SECONDS: 0.5,
         Kind.BYTES: 8 << 20,
         Kind.LIST: ["unix:x.sock"],
