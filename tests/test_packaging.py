@@ -150,6 +150,8 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     units = {f"hotgraph_server/systemd/files/{path.name}" for path in (ROOT / UNIT_FILES).iterdir()}
     assert len(units) > 5
     assert units <= names
+    monitoring = {"hotgraph-alerts.yml", "hotgraph-dashboard.json", "prometheus.yml"}
+    assert {f"hotgraph_server/observability/files/{name}" for name in monitoring} <= names
     required = metadata.get_all("Requires-Dist", [])
     needed = sorted(re.split(r"[<>=;\[ ]", line)[0] for line in required if "extra ==" not in line)
     assert needed == ["googleapis-common-protos", "grpcio", "protobuf"]
