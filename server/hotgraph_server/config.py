@@ -125,7 +125,7 @@ class ServerSettings(Section):
         ),
     ] = None
     awake_seconds: Annotated[
-        float, Field(ge=1, le=86400, description="After the last request, until those cores may fall asleep.")
+        float, Field(ge=0.1, le=86400, description="After the last request, until those cores may fall asleep.")
     ] = 30.0
 
 

@@ -26,6 +26,7 @@ from hotgraph_server.rpc.clients import Client, ClientRegistry
 from hotgraph_server.rpc.lifecycle import Lifecycle, ServedModel
 from hotgraph_server.rpc.wire import generation, model
 from hotgraph_server.rpc.wire.common import from_duration
+from hotgraph_server.rpc.writes import WriteLimit
 
 logger = logging.getLogger("hotgraph.rpc")
 
@@ -54,6 +55,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self._clients = clients
         self._settings = settings
         self._clock = clock
+        self._writes = WriteLimit(WRITE_SECONDS)
         self._text_threads = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="hotgraph-text")
 
     def apply(self, settings: Settings) -> None:
@@ -76,13 +78,14 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         ):
             served.scheduler.advance()
             await stream.wait(STARTED_DELAY_SECONDS)
-            await _write(context, respond(started=generation.started_message(prepared, served.model_id)))
+            write = self._writes.write
+            await write(context.write(respond(started=generation.started_message(prepared, served.model_id))))
             async for event in stream:
                 if isinstance(event, TokensEvent):
                     client.num_completion_tokens += len(event.token_ids)
-                    await _write(context, respond(tokens=generation.tokens_message(event, served.tokenizer)))
+                    await write(context.write(respond(tokens=generation.tokens_message(event, served.tokenizer))))
                 else:
-                    await _write(context, respond(finished=generation.finished_message(event)))
+                    await write(context.write(respond(finished=generation.finished_message(event))))
 
     async def Complete(  # noqa: N802
         self, request: inference_service_pb2.CompleteRequest, context: Context
@@ -267,15 +270,6 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         if not is_long:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, work)
-
-
-async def _write(context: Context, message: inference_service_pb2.GenerateResponse) -> None:
-    """Raises ServerTimeLimitError when the caller does not read: slot, blocks and what waits for it are not his to keep."""
-    try:
-        async with asyncio.timeout(WRITE_SECONDS):
-            await context.write(message)
-    except TimeoutError:
-        raise ServerTimeLimitError("the server's time limit for one event to be read passed") from None
 
 
 def _limits(served: ServedModel) -> validate.ModelLimits:
