@@ -10,19 +10,14 @@ import contextlib
 import enum
 import errno
 import gc
-import json
 import logging
-import os
 import signal
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from graphcache import CAPTURE_THREAD_NAME, CacheSettings, Clock, Profile, SystemClock
+from graphcache import CAPTURE_THREAD_NAME, CacheSettings, Clock, SystemClock
 from hotgraph_server.awake_cores import AwakeCores, choose_cores
-from hotgraph_server.batch import StepKey
 from hotgraph_server.config import Settings
 from hotgraph_server.engine.interface import Engine
 from hotgraph_server.errors import (
@@ -34,10 +29,10 @@ from hotgraph_server.errors import (
     NotPossibleError,
     SettingsError,
 )
+from hotgraph_server.graph_profile import export_profile, import_profile
 from hotgraph_server.observability import Observability
 from hotgraph_server.reloading import reload_settings
 from hotgraph_server.rpc import TRANSITIONS, DaemonState, Lifecycle, RpcServer, ServedModel
-from hotgraph_server.rpc.graph import fitting_profile
 from hotgraph_server.rpc.watch import EventHub
 from hotgraph_server.scheduler import Scheduler, self_test
 from hotgraph_server.supervision import Supervision
@@ -57,7 +52,6 @@ CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
 EXIT_SECONDS: Final = 5.0  # from the end of the daemon to that of the process
 END_SECONDS: Final = LAST_WORDS_SECONDS + CONNECTION_GRACE_SECONDS + CLOSE_SECONDS + EXIT_SECONDS  # after the grace
-PROFILE_ENTRIES: Final = 1000
 
 
 class ExitStatus(enum.IntEnum):
@@ -220,7 +214,7 @@ class Daemon:
             self._doing = f"testing {parts.model_id}"
             await self_test(scheduler, parts.tokenizer)
         served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
-        self._import_profile(served)
+        import_profile(self.settings.graphs.profile, served)
         gc.freeze()  # model and libraries are here to stay: no collection has to walk through them
         self.observability.watch(served)
         self.lifecycle.serve(served)
@@ -390,7 +384,8 @@ class Daemon:
                 if self._scheduler is not None:
                     await self._scheduler.close()
                 if self._engine is not None:
-                    self._export_profile()
+                    if self.lifecycle.served is not None:
+                        export_profile(self.settings.graphs.profile, self.lifecycle.served)
                     await self._engine.close()
         except TimeoutError:
             logger.error("the engine did not end within %.0f s", CLOSE_SECONDS)
@@ -415,48 +410,6 @@ class Daemon:
                 await hub.news()
             if self.lifecycle.state is DaemonState.SERVING and self.lifecycle.failure is None:
                 self._rpc.set_warm()
-
-    # The graph profile: which shapes were hot, kept from one life to the next. Losing it costs speed only.
-
-    def _import_profile(self, served: ServedModel) -> None:
-        path = self.settings.graphs.profile
-        if path is None or not path.exists():
-            return
-        try:
-            data = json.loads(path.read_text())
-            profile = Profile.from_dict(data, StepKey.parse)
-        except (OSError, ValueError, RecursionError) as error:
-            logger.warning("the graph profile %s cannot be read and is left alone: %s", path, error)
-            return
-        if data.get("model") != served.model_id:
-            logger.warning("the graph profile %s was learned with another model", path)
-            return
-        known, num_unknown = fitting_profile(served, profile)
-        num_queued, num_skipped = served.engine.graphs.import_profile(known)
-        logger.info("graph profile: %d captures queued, %d skipped", num_queued, num_skipped + num_unknown)
-
-    def _export_profile(self) -> None:
-        path, served = self.settings.graphs.profile, self.lifecycle.served
-        if path is None or served is None:
-            return
-        data = {"model": served.model_id, **served.engine.graphs.export_profile(PROFILE_ENTRIES).to_dict()}
-        try:
-            _write_atomically(path, json.dumps(data, indent=2) + "\n")
-        except OSError as error:
-            logger.warning("the graph profile cannot be written to %s: %s", path, error)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the new one, whole, whenever the process ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 async def serve(

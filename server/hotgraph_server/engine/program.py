@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ from hotgraph_server.engine.thread import Deferred, ForwardThread
 from hotgraph_server.models.interface import Model, StepTensors
 
 log = logging.getLogger(__name__)
+
+MEMORY_WAITS_SECONDS = (0.01, 0.03, 0.1, 0.3)  # longer together than a capture takes beside steps
 
 TOLERANCE = 1e-2
 """Of a probe's largest logits and log-probabilities, absolute and relative: the same kernels in the same order give the same
@@ -79,20 +82,21 @@ class StepProgram:
             sample_step(logits, buffers, sampler, ALL_WORK if is_fixed else buffers.step.work)
 
     def _forward(self, step: StepTensors, state: StepState, give_way: Callable[[float], None] | None) -> torch.Tensor:
-        """The logits. Where the device lacks memory for it, what torch keeps unused is given back, and it runs once more.
+        """The logits. Where the device lacks memory for it, it runs again a little later, a few times.
 
-        It may: until here a step has written nothing but the keys and values that it writes again. A capture (`give_way`)
-        fails instead, which costs nobody an answer.
+        torch itself gives back what it keeps and tries again, but not while a capture is under way anywhere; that is over soon.
+        A step may run again: until here it has written nothing but the keys and values that it writes again. A capture
+        (`give_way`) fails instead, which costs nobody an answer.
         """
-        try:
-            return self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
-        except torch.OutOfMemoryError as error:
-            if give_way is not None:
-                raise
-            log.warning("no memory for a step, which runs once more with what is given back: %s", error)
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self._model.forward(step, self._kv_cache.tensors, state.arena, None)
+        for seconds in MEMORY_WAITS_SECONDS:
+            try:
+                return self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
+            except torch.OutOfMemoryError as error:
+                if give_way is not None:
+                    raise
+                log.warning("no memory for a step, which runs again in %.0f ms: %s", seconds * 1e3, error)
+            time.sleep(seconds)
+        return self._model.forward(step, self._kv_cache.tensors, state.arena, give_way)
 
     def bind(self, key: StepKey) -> Callable[[], None]:
         """See graphcache.Program. Runs the shape once on the shadow, which loads what it needs and says what it must give."""
