@@ -25,9 +25,8 @@ class Governor:
         self._rate = stall_budget_seconds  # seconds of interference per second of serving
         self._tokens_seconds = self._capacity_seconds
         self._filled_monotonic = clock.monotonic()
-        self.waited_seconds = (
-            0.0  # that captures under way stood still, for a pause or for a step; written by the capture thread
-        )
+        # That captures under way stood still, for a pause or for a step; written by the capture thread.
+        self.waited_seconds = 0.0
         self.stall_seconds = 0.0  # that captures took while others were served: all that was ever charged
         self._running = threading.Event()
         self._running.set()

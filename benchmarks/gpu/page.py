@@ -7,7 +7,6 @@ stands up to the next `<!-- end -->` is replaced. Where there is no result the p
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.gpu import breakdown, floor
 from benchmarks.gpu.report import machine_line
+from benchmarks.pages import write_page
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
@@ -66,17 +66,8 @@ def _result(name: str, part: str | None, results: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when the page is not as its results say (`--check`)."""
-    parser = argparse.ArgumentParser(description="The page about kernels, with its tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail where the page would change")
-    arguments = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before, ROOT / "benchmarks" / "results" / "gpu", ROOT / "docs" / "pictures")
-    if arguments.check:
-        if before != after:
-            sys.stderr.write(f"{PAGE.name} is not as its results say: python -m benchmarks.gpu.page writes it\n")
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    results, pictures = ROOT / "benchmarks" / "results" / "gpu", ROOT / "docs" / "pictures"
+    return write_page(argv, PAGE, lambda text: filled(text, results, pictures), module="benchmarks.gpu.page")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ What stands between `<!-- table: NAME -->` and the next `<!-- end -->` becomes b
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.pages import write_page
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "paper.md"
@@ -37,17 +38,9 @@ def filled(text: str, results: Path, link: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when the page is not as its results say (`--check`)."""
-    parser = argparse.ArgumentParser(description="The page about the paper, with its tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing, and fail where the page would change")
-    arguments = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before, RESULTS, "../benchmarks/results/paper")
-    if arguments.check:
-        if before != after:
-            sys.stderr.write(f"{PAGE.name} is not as its results say: python -m benchmarks.paper.page writes it\n")
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    return write_page(
+        argv, PAGE, lambda text: filled(text, RESULTS, "../benchmarks/results/paper"), module="benchmarks.paper.page"
+    )
 
 
 if __name__ == "__main__":

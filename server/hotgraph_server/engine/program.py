@@ -21,7 +21,7 @@ from hotgraph_server.models.interface import Model, StepTensors
 
 log = logging.getLogger(__name__)
 
-MEMORY_WAITS_SECONDS = (0.01, 0.03, 0.1, 0.3)  # longer together than a capture takes beside steps
+MEMORY_WAITS_SECONDS = (0.01, 0.03, 0.1, 0.3)  # recording takes some tens of milliseconds of a capture's time
 
 TOLERANCE = 1e-2
 """Of a probe's largest logits and log-probabilities, absolute and relative: the same kernels in the same order give the same

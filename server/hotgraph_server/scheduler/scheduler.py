@@ -67,9 +67,8 @@ class Scheduler:
         """The engine must be started."""
         info = engine.info
         self.on_failure: Callable[[HotgraphError], None] | None = None
-        self.on_submit: Callable[[], None] | None = (
-            None  # first of all, for whatever a request that comes should find awake
-        )
+        # First of all, for whatever a request that comes should find awake.
+        self.on_submit: Callable[[], None] | None = None
         self.observer: Observer | None = None
         self._engine = engine
         self._tokenizer = tokenizer

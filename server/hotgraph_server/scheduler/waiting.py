@@ -36,9 +36,8 @@ class WaitingQueue(Generic[WaiterT]):
 
     def __init__(self) -> None:
         self._front: OrderedDict[int, WaiterT] = OrderedDict()  # by identity, here and below: they are found at once
-        self._of_client: OrderedDict[str, OrderedDict[int, WaiterT]] = (
-            OrderedDict()
-        )  # in the order of turns; none is empty
+        # In the order of turns; none is empty.
+        self._of_client: OrderedDict[str, OrderedDict[int, WaiterT]] = OrderedDict()
         self._num = 0
 
     def __len__(self) -> int:
