@@ -99,12 +99,15 @@ async def _lone(
 ) -> dict[str, Any]:
     vocabulary_size = service.engine.info.vocabulary_size
     samples: list[float] = []
+    steps: list[float] = []
     num_eager = 0
     for index in range(WARM_UPS + arguments.samples):
         await asyncio.sleep(arguments.gap_ms / 1e3)
         completion = await service.complete(service.request(random_prompt(length, vocabulary_size, source), 1))
         if index >= WARM_UPS:
+            assert completion.receipt is not None
             samples.append(completion.ttft_seconds)
+            steps += [group.engine_seconds for group in completion.receipt.step_groups]
             num_eager += not completion.is_all_graphs
     report.check(f"prompts of {length} were replayed", is_passed=num_eager == 0, detail=f"{num_eager} ran eagerly")
     request = service.request(random_prompt(length, vocabulary_size, source), NUM_CHECKED_TOKENS)
@@ -112,7 +115,7 @@ async def _lone(
     report.check(
         f"tokens after {length} are the eager ones", is_passed=verdict.mismatch is None, detail=verdict.mismatch or ""
     )
-    found = summary_of(samples)
+    found = {**summary_of(samples), "steps": summary_of(steps)}
     say(f"in process, TTFT at {length}: p50 {milliseconds(found)} ms, p99 {milliseconds(found, 'p99')} ms")
     return found
 
@@ -224,17 +227,19 @@ def _lone_over_grpc(
     ttft: dict[str, Any] = {}
     for length in arguments.lengths:
         samples: list[float] = []
+        steps: list[float] = []
         num_eager = 0
         for index in range(WARM_UPS + arguments.samples):
             time.sleep(arguments.gap_ms / 1e3)
             completion, receipt = _generate(client, random_prompt(length, vocabulary_size, source), 1)
             if index >= WARM_UPS:
                 samples.append(completion.ttft_seconds)
+                steps += [group.engine_seconds for group in receipt.step_groups]
                 num_eager += receipt.num_eager_steps > 0
         report.check(
             f"the daemon replayed prompts of {length}", is_passed=num_eager == 0, detail=f"{num_eager} ran eagerly"
         )
-        ttft[str(length)] = found = summary_of(samples)
+        ttft[str(length)] = found = {**summary_of(samples), "steps": summary_of(steps)}
         say(f"over gRPC, TTFT at {length}: p50 {milliseconds(found)} ms, p99 {milliseconds(found, 'p99')} ms")
     return ttft
 

@@ -244,7 +244,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def _prompt(self, served: ServedModel, message: generation.GenerationRequest) -> Sequence[int]:
         match message.WhichOneof("prompt"):
             case "token_ids":
-                return message.token_ids.ids
+                return message.token_ids.ids[:]
             case "chat":
                 return await self._encode_chat(served, message.chat)
             case _:

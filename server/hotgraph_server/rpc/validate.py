@@ -72,7 +72,7 @@ class Violations:
         return count <= limit
 
     def token_ids(self, field: str, ids: Sequence[int], vocabulary_size: int) -> None:
-        if ids and max(ids) >= vocabulary_size:
+        if ids and max(ids[:]) >= vocabulary_size:  # a list: protobuf's own is walked through three times as slowly
             wrong = (index for index, token_id in enumerate(ids) if token_id >= vocabulary_size)
             for index, _ in zip(wrong, range(MAX_LISTED_ITEMS), strict=False):
                 self.add(f"{field}[{index}]", f"must be below the vocabulary's size, {vocabulary_size}")

@@ -23,13 +23,12 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockTable:
     """The blocks of one sequence, in order, and the hashes of its full ones. Changed by the manager only."""
 
-    __slots__ = ("blocks", "hashes")
+    __slots__ = ("blocks", "hashes", "num_committed")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
-        self.hashes: list[
-            bytes
-        ] = []  # of the first len(hashes) blocks, which are full and findable or equal to a findable one
+        self.hashes: list[bytes] = []  # of the first blocks, as far as they are worked out
+        self.num_committed = 0  # first blocks that are full and findable, or equal to a findable one
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -109,6 +108,7 @@ class BlockManager:
             self._hold(block)
             table.blocks.append(block)
             table.hashes.append(self._hash_of[block])
+        table.num_committed = len(prefix)
         self.extend(table, num_tokens)
         return table
 
@@ -123,20 +123,35 @@ class BlockManager:
         for _ in range(self.blocks_for(num_tokens) - len(table)):
             table.blocks.append(self._take())
 
+    def work_out(self, table: BlockTable, token_ids: Sequence[int], num_tokens: int) -> None:
+        """Computes the hashes of the full blocks among the first `num_tokens` positions, which is most of a `commit`.
+
+        For a time at which nobody waits: `commit` comes when a step's tokens are there.
+        """
+        if not self._prefix_caching:
+            return
+        size, num_done = self.block_size, len(table.hashes)
+        num_blocks = min(num_tokens, len(token_ids)) // size
+        parent = table.hashes[-1] if table.hashes else b""
+        for index in range(num_done, min(num_blocks, len(table))):
+            parent = block_hash(parent, token_ids[index * size : (index + 1) * size])
+            table.hashes.append(parent)
+
     def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Makes the table's full blocks findable: the first `num_computed` positions hold keys and values of `token_ids`."""
         if not self._prefix_caching:
             return
-        size = self.block_size
-        while (len(table.hashes) + 1) * size <= num_computed:
-            index = len(table.hashes)
-            parent = table.hashes[-1] if table.hashes else b""
-            name = block_hash(parent, token_ids[index * size : (index + 1) * size])
-            table.hashes.append(name)
+        num_full = num_computed // self.block_size
+        if num_full <= table.num_committed:
+            return
+        self.work_out(table, token_ids, num_computed)
+        for index in range(table.num_committed, num_full):
+            name = table.hashes[index]
             if name not in self._block_of:  # else an equal block is findable already; this one stays private
                 block = table.blocks[index]
                 self._block_of[name] = block
                 self._hash_of[block] = name
+        table.num_committed = num_full
 
     def close(self, table: BlockTable) -> None:
         """Gives the table's blocks back. Its last blocks will be reused first: a shorter prefix is worth more."""
@@ -149,6 +164,7 @@ class BlockManager:
                     self._free.append(block)
         table.blocks.clear()
         table.hashes.clear()
+        table.num_committed = 0
 
     def _hold(self, block: int) -> None:
         if self._num_holders[block] == 0:

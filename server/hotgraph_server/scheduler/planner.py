@@ -108,6 +108,12 @@ class Planner:
             num_computed = min(sequence.num_computed, len(sequence.token_ids))
             self.blocks.commit(sequence.table, sequence.token_ids, num_computed)
 
+    def work_out_hashes(self, plan: Plan) -> None:
+        """What `commit` will need of a step's prompts. For a time at which nobody waits, while the step runs."""
+        for row, sequence in zip(plan.batch.rows, plan.sequences, strict=True):
+            if row.token_ids is not None and sequence.table is not None:
+                self.blocks.work_out(sequence.table, sequence.token_ids, row.start + row.num_tokens)
+
     def finish(self, sequence: Sequence) -> None:
         """The sequence ends, whatever the reason: it runs in no later step."""
         if sequence.state is SequenceState.WAITING:

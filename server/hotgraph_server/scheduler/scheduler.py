@@ -45,6 +45,9 @@ from hotgraph_server.text import Tokenizer
 logger = logging.getLogger("hotgraph.scheduler")
 
 DRAIN_RETRY_SECONDS = 1.0
+# From a step of prompts to the hashing of their blocks: the engine's thread has launched it then, which it could not while
+# this one holds the interpreter's lock, and the step still runs. Left to the step's end, hashing would hold up the tokens.
+HASH_DELAY_SECONDS = 0.001
 
 
 @dataclass(slots=True)
@@ -276,6 +279,8 @@ class Scheduler:
             result.add_done_callback(self._on_step_done)
             self._in_flight.append(_InFlight(plan, result))
             self._counts.num_steps += 1
+            if self._settings.prefix_caching and any(row.token_ids is not None for row in plan.batch.rows):
+                asyncio.get_running_loop().call_later(HASH_DELAY_SECONDS, self._planner.work_out_hashes, plan)
 
     def _retire(self, step: _InFlight) -> None:
         output = step.result.result()  # raises what the engine raised

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -110,6 +112,21 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     assert (manager.num_free, manager.num_cached) == (4, 0)
 
 
+def test_hashes_worked_out_ahead_are_not_findable_before_the_commit() -> None:
+    """Working out shares nothing yet, and after it a commit needs no hash of its own."""
+    manager = BlockManager(10, 4)
+    tokens = list(range(13))
+    table = manager.open(13)
+    manager.work_out(table, tokens, 9)
+    assert [len(table.hashes), table.num_committed] == [2, 0]
+    assert manager.find_prefix(tokens) == []
+    with mock.patch("hotgraph_server.scheduler.blocks.block_hash", side_effect=AssertionError):
+        manager.commit(table, tokens, 9)
+    assert manager.find_prefix(tokens) == table.blocks[:2]
+    manager.commit(table, tokens, 13)
+    assert manager.find_prefix(tokens) == table.blocks[:3]
+
+
 def test_block_hash_tells_order_and_parent_apart() -> None:
     """The name of a block depends on its tokens, their order and the block before."""
     names = {block_hash(b"", [1, 2]), block_hash(b"", [2, 1]), block_hash(block_hash(b"", [1, 2]), [1, 2])}
@@ -161,6 +178,12 @@ class BlockMachine(RuleBasedStateMachine):
             self.contents[table.blocks[block]] = tuple(tokens[: (block + 1) * self.SIZE])
         self.manager.commit(table, tokens, now)
         self.tables[index] = (table, tokens, now)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def work_out(self, data: st.DataObject) -> None:
+        table, tokens, computed = data.draw(st.sampled_from(self.tables))
+        self.manager.work_out(table, tokens, data.draw(st.integers(computed, len(tokens))))
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())

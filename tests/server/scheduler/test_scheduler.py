@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from unittest import mock
 
 import pytest
 
@@ -90,6 +91,24 @@ async def test_a_lone_reader_comes_before_the_next_plan(house: Make, num_request
     for stream, one in zip(streams, wanted, strict=True):
         first = [] if stream is not streams[0] else expected(one)[:1]
         assert first + (await read(stream)).token_ids[0] == expected(one)
+
+
+async def test_prompts_are_hashed_while_their_step_runs(house: Make) -> None:
+    """When a step's tokens are there, the hashes of its prompt's blocks are too: nothing of them holds up the tokens."""
+    here = await house(step_seconds=0.5)
+    wanted = request(prompt=bytes(range(48)), max_tokens=1)
+    stream = here.scheduler.submit(wanted)
+    here.scheduler.advance()
+    (step,) = here.scheduler._in_flight
+    (sequence,) = step.plan.sequences
+    table = sequence.table
+    assert table is not None
+    await until(lambda: bool(table.hashes))
+    assert not step.result.done()
+    assert len(table.hashes) == 48 // here.engine.info.block_size > 0
+    with mock.patch("hotgraph_server.scheduler.blocks.block_hash", side_effect=AssertionError):
+        assert (await read(stream)).token_ids == {0: expected(wanted)}
+    assert here.scheduler.status().kv_cache.num_cached_blocks == 48 // here.engine.info.block_size
 
 
 async def test_a_request_runs_from_submit_to_finished(house: Make) -> None:
