@@ -1,7 +1,7 @@
 """The tables of measured figures, from raw results: `python -m benchmarks.tables [RESULT.json ...]`.
 
-Without names it makes the README's: of the CPU, and of each GPU benchmark with a result in results/gpu. It computes medians
-and percentiles of samples that are there and nothing else; a figure that is in no result cannot come out of it.
+Without names it makes the README's: of the CPU, and of each GPU benchmark with a result of its name in results/gpu; those of
+several models stand in docs/kernels.md (`gpu/page.py`). It computes medians and percentiles of samples that are there and nothing else; a figure that is in no result cannot come out of it.
 """
 
 from __future__ import annotations
@@ -70,12 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = json.loads((RESULTS / "cpu-comparison.json").read_text())
         sys.stdout.write(comparison_table(result) + "\n")
         folder = RESULTS / "gpu"
-        names = [
-            str(path)
-            for name in GPU_TABLES
-            for path in (folder / f"{name}.json", *sorted(folder.glob(f"{name}-*.json")))
-            if path.is_file()
-        ]
+        names = [str(path) for name in GPU_TABLES if (path := folder / f"{name}.json").is_file()]
     for path in map(Path, names):
         try:
             text = tables(json.loads(path.read_text(encoding="utf-8")))
