@@ -22,6 +22,7 @@ from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from hotgraph_server.config import Settings
 from hotgraph_server.daemon import Daemon, Parts
 from hotgraph_server.engine import FakeEngine
+from hotgraph_server.rpc.reflection import METHOD, REFLECTION_SERVICES, V1_SERVICE
 from hotgraph_server.rpc.server import OUR_SERVICES
 from hotgraph_server.text import ByteTokenizer
 from tests.integration.harness import (
@@ -231,7 +232,7 @@ async def test_reflection_lists_and_describes_every_service() -> None:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         [answer] = [response async for response in reflect(served, request)]
         names = {service.name for service in answer.list_services_response.service}
-        assert names == {*OUR_SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert names == {*OUR_SERVICES, "grpc.health.v1.Health", *REFLECTION_SERVICES}
         for name in OUR_SERVICES:
             request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=name)
             [answer] = [response async for response in reflect(served, request)]
@@ -243,10 +244,13 @@ async def test_reflection_lists_and_describes_every_service() -> None:
 
 
 async def test_reflection_can_be_switched_off() -> None:
-    """With reflection=false the service is not there."""
+    """With reflection=false the service is not there, in neither version."""
     async with serving(server={"reflection": False}) as served:
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         error = await stream_refused(reflect(served, request))
+        assert error.code is CODE.UNIMPLEMENTED
+        newer: Any = served.channel.stream_stream(f"/{V1_SERVICE}/{METHOD}")
+        error = await stream_refused(newer(iter([request.SerializeToString()])))
         assert error.code is CODE.UNIMPLEMENTED
 
 

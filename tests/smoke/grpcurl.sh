@@ -290,7 +290,8 @@ admin=hotgraph.v1.AdminService
 # ---- Reflection: what the daemon offers, told by itself ---------------------------------------------------------------
 
 list
-shows "list services" "$inference" "$graph" "$admin" grpc.health.v1.Health grpc.reflection.v1alpha.ServerReflection
+shows "list services" "$inference" "$graph" "$admin" grpc.health.v1.Health \
+    grpc.reflection.v1.ServerReflection grpc.reflection.v1alpha.ServerReflection
 if [ "$status" -ne 0 ]; then
     echo "no daemon answers at $target, or it does not let us in: the other checks are left out" >&2
     exit 1
@@ -301,6 +302,9 @@ shows "list methods" "$inference.Generate" "$inference.Complete" "$inference.Tok
 
 describe "$inference"
 shows "describe a service" "rpc Generate ( .hotgraph.v1.GenerateRequest ) returns ( stream .hotgraph.v1.GenerateResponse );"
+
+describe "$inference.Generate"
+shows "describe a method" "is a method:" "rpc Generate ( .hotgraph.v1.GenerateRequest ) returns ( stream .hotgraph.v1.GenerateResponse );"
 
 describe hotgraph.v1.GenerateRequest
 shows "describe a message" "oneof prompt" ".hotgraph.v1.ChatPrompt chat" "optional uint32 max_tokens"

@@ -28,7 +28,7 @@ if [ -x "$folder/$name" ] && [ -e "$stamp" ]; then
 fi
 
 for go in "$(command -v go || true)" "$root/.venv/bin/go" "${VIRTUAL_ENV:-}/bin/go"; do
-    [ -n "$go" ] && is_new_enough "$go" || continue
+    if [ -z "$go" ] || ! is_new_enough "$go"; then continue; fi
     mkdir -p "$folder"
     # Into a folder of its own first: a build that is killed leaves nothing half-made behind.
     new=$(mktemp -d "$folder/.new-XXXXXX")

@@ -49,6 +49,7 @@ REQUIRED: Final[dict[str, Role]] = {
     "/grpc.health.v1.Health/Check": Role.OPEN,
     "/grpc.health.v1.Health/Watch": Role.OPEN,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Role.USE,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Role.USE,
 }
 READS: Final = frozenset({"GetStatus", "ListClients"})  # of the admin's methods, those that change nothing
 

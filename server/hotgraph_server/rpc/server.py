@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from graphcache import Clock
 from hotgraph.v1 import (
@@ -40,6 +39,7 @@ from hotgraph_server.rpc.guard import ActiveCalls, Guard
 from hotgraph_server.rpc.health import OVERALL, WARM, HealthServicer
 from hotgraph_server.rpc.inference import InferenceServicer
 from hotgraph_server.rpc.lifecycle import Lifecycle, ServedModel
+from hotgraph_server.rpc.reflection import add_reflection
 from hotgraph_server.rpc.watch import EventHub
 
 logger = logging.getLogger("hotgraph.rpc")
@@ -162,10 +162,7 @@ class RpcServer:
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.server.reflection:
-            names = (*OUR_SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
-            servicer = reflection.aio.ReflectionServicer(names)  # the guard wraps no blocking handlers
-            add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server  # its stubs have no types
-            add_reflection(servicer, server)
+            add_reflection(server, (*OUR_SERVICES, HEALTH_SERVICE))
         return made
 
     def _admit(self, method: str, context: Context) -> None:
