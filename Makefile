@@ -7,6 +7,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(wildcard protos/hotgraph/v1/*.proto)
+SCRIPTS := .ci/run $(wildcard clients/*/*.sh tests/*/*.sh)
 CODE := server clients/python graphcache benchmarks tests hatch_build.py
 # On a machine that has torch, the stubs and no way to install anything, its own Python does; elsewhere .venv is set up.
 GPU_NEEDS := $(if $(wildcard $(BIN)/python),protos,$(if $(wildcard protos/hotgraph/v1/*_pb2.py),,protos))
@@ -60,6 +61,7 @@ check: $(VENV)/.dev protos ## lint, types, import contracts, the wire contract
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy server/hotgraph_server clients/python/hotgraph_client graphcache hatch_build.py benchmarks tests
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking --against tests/contract/v1.binpb

@@ -9,7 +9,7 @@ needed=$(sed -n 's/^go //p' "$here/go.mod")
 export GOTOOLCHAIN=local # the Go that is here, not one it would fetch
 
 for go in "$(command -v go || true)" "$root/.venv/bin/go" "${VIRTUAL_ENV:-}/bin/go"; do
-    [ -n "$go" ] && found=$(cd / && "$go" env GOVERSION 2>/dev/null) || continue
+    if [ -z "$go" ] || ! found=$(cd / && "$go" env GOVERSION 2>/dev/null); then continue; fi
     if [ "$(printf '%s\n' "$needed" "${found#go}" | sort -V | head -n 1)" = "$needed" ]; then
         echo "$go"
         exit 0

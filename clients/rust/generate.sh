@@ -27,11 +27,9 @@ grep -A 1 -E '^name = "(prettyplease|prost-build|tonic-build|tonic-prost-build)"
 sums() { (cd "$out" && sha256sum generator versions with_comments && cd "$1" && sha256sum descriptors.binpb hotgraph.v1.rs); }
 
 if [ "${1:-}" = --check ]; then
-    cmp "$out/v1/descriptors.binpb" "$here/src/v1/descriptors.binpb" && diff <(sums "$here/src/v1") "$here/src/v1/sums" || {
-        echo "clients/rust/src/v1 is not what the protos give: run make protos-rust" >&2
-        exit 1
-    }
-    exit 0
+    cmp "$out/v1/descriptors.binpb" "$here/src/v1/descriptors.binpb" && diff <(sums "$here/src/v1") "$here/src/v1/sums" && exit 0
+    echo "clients/rust/src/v1 is not what the protos give: run make protos-rust" >&2
+    exit 1
 fi
 (cd "$here" && cargo run --locked --quiet --package hotgraph-generate -- "$out/with_comments" "$out/v1")
 sums "$out/v1" > "$out/sums"
