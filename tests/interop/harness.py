@@ -31,6 +31,7 @@ START_SECONDS = 240.0
 STOP_SECONDS = 60.0
 RESTART_SECONDS = 0.1
 CUT_AFTER_BYTES = 1500  # of what the server sends: some twenty tokens
+NUM_HEADERS_CUT = 2
 
 
 class SupervisedDaemon:
@@ -108,15 +109,20 @@ class SupervisedDaemon:
 class Harness:
     """What the tests are told, and how they are run."""
 
-    def __init__(self, folder: Path, daemons: list[SupervisedDaemon], addresses: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, daemons: list[SupervisedDaemon], relays: list[Relay], addresses: dict[str, Any]
+    ) -> None:
         self.folder = folder
         self.addresses = folder / "addresses.json"
         self.addresses.write_text(json.dumps(addresses, indent=2) + "\n", encoding="utf-8")
         self._daemons = daemons
+        self._relays = relays
 
     async def wait_serving(self) -> None:
-        """Until all daemons serve, also one that was drained just now."""
+        """Until all daemons serve, also one that was drained just now. Relays count their connections from here."""
         await asyncio.gather(*(daemon.wait_serving() for daemon in self._daemons))
+        for relay in self._relays:
+            relay.begin_again()
 
     async def run(self, command: list[str], report: Path) -> int:
         """The exit status of a language's tests, which find addresses and report in their environment."""
@@ -158,7 +164,9 @@ async def serving(folder: Path) -> AsyncIterator[Harness]:
             await stack.enter_async_context(daemon.running())
         handover = Relay(folder / "handover.sock", [drained.socket, main.socket])
         cut = Relay(folder / "cut.sock", [main.socket], cut_after_bytes=CUT_AFTER_BYTES)
-        for relay in (handover, cut):
+        headers_cut = Relay(folder / "headers.sock", [main.socket], num_headers_cut=NUM_HEADERS_CUT)
+        relays = [handover, cut, headers_cut]
+        for relay in relays:
             await stack.enter_async_context(relay.running())
         port, token_port, certificate_port, _ = await asyncio.gather(
             main.wait_port(), with_token.wait_port(), with_certificate.wait_port(), drained.wait_serving()
@@ -176,6 +184,7 @@ async def serving(folder: Path) -> AsyncIterator[Harness]:
             },
             "handover": {"target": handover.target, "drained": drained.target},
             "cut": cut.target,
+            "headers_cut": headers_cut.target,
             "vectors": str(ROOT / "tests" / "contract" / "vectors.json"),
         }
-        yield Harness(folder, daemons, addresses)
+        yield Harness(folder, daemons, relays, addresses)

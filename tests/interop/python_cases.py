@@ -441,6 +441,19 @@ def test_cut_and_resume(told: Any, client: Client, dial: Callable[..., Client]) 
     wait_free(client)
 
 
+def test_headers_cut(told: Any, client: Client, dial: Callable[..., Client]) -> None:
+    """A stream cut between the server's headers and its first event is asked for again, as often as allowed."""
+    whole = client.generate("Once upon a time", **SEEDED).result()
+    result = dial(told["headers_cut"]).generate("Once upon a time", request_id="cut", **SEEDED).result()
+    assert (result.request_id, result.num_resumes) == ("cut/resume-2", 0)
+    assert (result.token_ids, result.text) == (whole.token_ids, whole.text)
+    with pytest.raises(UnavailableError):
+        dial(told["headers_cut"]).generate("Once upon a time", resume=False, **SEEDED).result()
+    drawn = dial(told["headers_cut"], max_attempts=1, resume_policy=ResumePolicy(max_losses=1))
+    assert drawn.generate("Once upon a time", request_id="drawn", max_tokens=4).result().request_id == "drawn/resume-1"
+    wait_free(client)
+
+
 def test_soak(told: Any, client: Client) -> None:
     """200 calls on one channel and one on each of 20 channels all succeed."""
     for _ in range(200):

@@ -4,12 +4,17 @@
 #include <random>
 #include <set>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 namespace hotgraph {
 namespace {
 
 constexpr std::size_t kMaxRequestIdLength = 128;
+// How gRPC's own message begins when no connection could be made: no request left, and gRPC has tried as often as it
+// may. Were the words others one day, a server that is not there would be told of later, by max_losses rounds of tries;
+// no more.
+constexpr std::string_view kNotReached[] = {"failed to connect to all addresses", "DNS resolution failed"};
 constexpr std::uint32_t kMaxChoices = 1024;  // more than a server takes; it says so
 
 const std::map<State, std::set<State>> kTransitions = {
@@ -49,14 +54,20 @@ Failure own_failure(grpc::StatusCode code, std::string message) {
     return failure;
 }
 
-bool is_loss(const Failure& failure, bool is_answered) {
+bool is_loss(const Failure& failure, bool is_reached) {
     const Kind kind = failure.kind();
     if (kind == Kind::cancelled) return true;  // not by us: something between us and the server let go
-    if (!failure.reason_name.empty()) return is_answered && kind == Kind::retryable;
-    if (failure.code == grpc::StatusCode::UNAVAILABLE || failure.code == grpc::StatusCode::RESOURCE_EXHAUSTED) {
-        return is_answered;  // before an answer gRPC has tried again already
-    }
+    if (!failure.reason_name.empty()) return is_reached && kind == Kind::retryable;
+    if (failure.code == grpc::StatusCode::UNAVAILABLE) return is_reached || is_dropped(failure);
+    // Before an answer gRPC has tried again already.
+    if (failure.code == grpc::StatusCode::RESOURCE_EXHAUSTED) return is_reached;
     return kind != Kind::request && kind != Kind::deadline;
+}
+
+bool is_dropped(const Failure& failure) {
+    if (!failure.reason_name.empty() || failure.code != grpc::StatusCode::UNAVAILABLE) return false;
+    return std::none_of(std::begin(kNotReached), std::end(kNotReached),
+                        [&](std::string_view words) { return failure.message.compare(0, words.size(), words) == 0; });
 }
 
 Progress::Progress(v1::GenerateRequest request, Resume resume, ResumePolicy policy, std::optional<Time> deadline)
@@ -189,11 +200,12 @@ void Progress::take_tokens(const v1::Tokens& tokens) {
 
 Progress::Loss Progress::lose(const std::optional<Failure>& cause) {
     const bool is_answered = started_.has_value();
-    if (cause && !is_loss(*cause, is_answered)) fail(*cause);
+    if (cause && !is_loss(*cause, is_answered || num_connections_ > 1)) fail(*cause);
     if (is_answered && are_all_finished()) return {std::chrono::nanoseconds(0), finish(finished_alone())};
     const bool is_own_word = cause && !cause->reason_name.empty() && cause->kind() == Kind::retryable;
     const bool is_lost = !cause || (is_answered && !is_own_word);
-    ++(is_connection_answered_ ? num_losses_ : num_failed_attempts_);
+    const bool is_taken = is_connection_answered_ || (!is_answered && cause && is_dropped(*cause));
+    ++(is_taken ? num_losses_ : num_failed_attempts_);
     const std::chrono::nanoseconds wait = delay(cause);
     const bool is_in_time = !deadline_ || now() + wait < *deadline_;
     if (!may_resume() || !is_in_time) {

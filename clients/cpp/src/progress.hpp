@@ -3,9 +3,11 @@
 //
 // A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status: what
 // stands between client and server changes the code. The exceptions are the daemon's own refusals, errors of the
-// request and deadlines. Before the first event gRPC's own retries apply (service_config), after it these rules: the
-// same request goes out again with the seed that Started told and, for each choice that has not ended, the tokens that
-// came. The server goes on from them and sends only what is new, so that ids and texts join without a seam.
+// request and deadlines. Before the server's headers gRPC's own retries apply (service_config), after them these rules:
+// the same request goes out again with the seed that Started told and, for each choice that has not ended, the tokens
+// that came. The server goes on from them and sends only what is new, so that ids and texts join without a seam. A call
+// whose connection breaks between the headers and the first event gRPC does not try again; nothing came of it, so the
+// request goes out as it was.
 #pragma once
 
 #include <chrono>
@@ -32,8 +34,14 @@ enum class State {
     ended,  // finished, failed or cancelled
 };
 
-// Whether a stream that ended with this failure lost its server. is_answered: an event came at some time.
-bool is_loss(const Failure& failure, bool is_answered);
+// Whether a stream that ended with this failure lost its server. is_reached: a server was lost before, or told an
+// event.
+bool is_loss(const Failure& failure, bool is_reached);
+
+// Whether a connection that was there broke, as far as its failure tells. gRPC tells the same of one that broke before
+// the server's headers, when it has tried again already, and of one that broke after them, when it has not; so both
+// count, and max_losses bounds them.
+bool is_dropped(const Failure& failure);
 
 // A failure that this side found.
 Failure own_failure(grpc::StatusCode code, std::string message);

@@ -566,6 +566,36 @@ TEST_F(InteropResume, Cut) {
     testing::passed("cut_and_resume");
 }
 
+// A stream cut between the server's headers and its first event is asked for again, as often as allowed.
+TEST_F(InteropResume, HeadersCut) {
+    v1::GenerateRequest named = request;
+    named.set_request_id("cut");
+    Generation generation = Client(told.headers_cut).generate(named);
+    const auto answer = generation.result();
+    EXPECT_EQ(answer.request_id(), "cut/resume-2");
+    EXPECT_EQ(generation.num_resumes(), 0);
+    EXPECT_EQ(ids_of(answer.choices(0)), ids_of(whole.choices(0)));
+
+    GenerateOptions never;
+    never.resume = Resume::never;
+    try {
+        Client(told.headers_cut).generate(request, never).result();
+        ADD_FAILURE() << "not cut";
+    } catch (const RetryableError& error) {
+        EXPECT_EQ(error.code(), StatusCode::UNAVAILABLE);
+    }
+
+    v1::GenerateRequest drawn;
+    drawn.set_text("Once upon a time");
+    drawn.set_max_tokens(4);
+    drawn.set_request_id("drawn");
+    GenerateOptions once;
+    once.resume_policy.emplace().max_losses = 1;
+    EXPECT_EQ(Client(told.headers_cut).generate(drawn, once).result().request_id(), "drawn/resume-1");
+    wait_free(*client);
+    testing::passed("headers_cut");
+}
+
 // A stream whose daemon drains goes on at the next one: the tokens of an unbroken stream.
 TEST_F(InteropResume, Drain) {
     const Client drained(told.handover.drained);

@@ -119,9 +119,15 @@ TEST(Progress, KnowsWhatIsALoss) {
     const struct {
         const char* name;
         Failure failure;
-        bool is_answered, is_loss;
+        bool is_reached, is_loss;
     } cases[] = {
-        {"refused before an answer", bare(grpc::StatusCode::UNAVAILABLE), false, false},
+        {"never reached", own_failure(grpc::StatusCode::UNAVAILABLE, "failed to connect to all addresses; last error"),
+         false, false},
+        {"not resolved", own_failure(grpc::StatusCode::UNAVAILABLE, "DNS resolution failed for x"), false, false},
+        {"not reached again", own_failure(grpc::StatusCode::UNAVAILABLE, "failed to connect to all addresses"), true,
+         true},
+        {"dropped before an answer", bare(grpc::StatusCode::UNAVAILABLE), false, true},
+        {"a limit before an answer", bare(grpc::StatusCode::RESOURCE_EXHAUSTED), false, false},
         {"lost after it", bare(grpc::StatusCode::UNAVAILABLE), true, true},
         {"a proxy's limit after it", bare(grpc::StatusCode::RESOURCE_EXHAUSTED), true, true},
         {"a proxy's mistake", bare(grpc::StatusCode::INTERNAL), false, true},
@@ -132,7 +138,7 @@ TEST(Progress, KnowsWhatIsALoss) {
         {"draining before", told(grpc::StatusCode::UNAVAILABLE, "DRAINING"), false, false},
         {"the daemon's own mistake", told(grpc::StatusCode::INTERNAL, "INTERNAL"), true, false},
     };
-    for (const auto& c : cases) EXPECT_EQ(is_loss(c.failure, c.is_answered), c.is_loss) << c.name;
+    for (const auto& c : cases) EXPECT_EQ(is_loss(c.failure, c.is_reached), c.is_loss) << c.name;
 }
 
 // It goes on where the answer can be repeated or the caller said so, and tells what came where it does not.
@@ -165,6 +171,28 @@ TEST(Progress, DoesNotAlwaysGoOn) {
     }
     const auto p = begun({}, Resume::repeatable, {started(7)});
     EXPECT_NO_THROW(p->lose(std::nullopt)) << "before any token there is nothing to contradict";
+}
+
+// When nothing came the request goes out as it was, for as many servers as the policy allows.
+TEST(Progress, GoesOnAsItWasBeforeTheFirstEvent) {
+    v1::GenerateRequest request;
+    request.set_request_id("mine");
+    const Failure gone = bare(grpc::StatusCode::UNAVAILABLE);
+    const auto p = begun(request, Resume::repeatable, {});
+    for (int i = 1; i <= p->policy().max_losses; ++i) {
+        EXPECT_GT(p->lose(gone).wait, 0s);
+        v1::GenerateRequest again = p->open();
+        EXPECT_EQ(again.request_id(), "mine/resume-" + std::to_string(i));
+        again.set_request_id("mine");
+        EXPECT_EQ(again.SerializeAsString(), request.SerializeAsString());
+    }
+    EXPECT_THROW(p->lose(gone), RetryableError) << "as gRPC said it";
+    EXPECT_THROW(begun(request, Resume::never, {})->lose(gone), RetryableError);
+    const auto q = begun(request, Resume::repeatable, {});
+    q->lose(gone);
+    q->open();
+    EXPECT_NO_THROW(q->lose(own_failure(grpc::StatusCode::UNAVAILABLE, "failed to connect to all addresses")))
+        << "a server that was lost before is waited for";
 }
 
 // What the daemon itself says is not dressed up as a lost server.

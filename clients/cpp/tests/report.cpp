@@ -49,6 +49,7 @@ Addresses daemons() {
     found.unix_socket = text_of(told, "unix");
     found.tcp = text_of(told, "tcp");
     found.cut = text_of(told, "cut");
+    found.headers_cut = text_of(told, "headers_cut");
     found.tls = {text_of(tls, "target"), text_of(tls, "root_certificates"), text_of(tls, "token")};
     found.mutual_tls = {text_of(mutual, "target"), text_of(mutual, "root_certificates"),
                         text_of(mutual, "certificate_chain"), text_of(mutual, "private_key")};

@@ -7,7 +7,7 @@ namespace hotgraph::testing {
 
 // Those of the daemons that tests/interop started.
 struct Addresses {
-    std::string model, unix_socket, tcp, cut;
+    std::string model, unix_socket, tcp, cut, headers_cut;
     struct {
         std::string target, roots, token;
     } tls;

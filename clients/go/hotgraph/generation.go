@@ -124,7 +124,7 @@ func (g *Generation) advance(state state) (*hotgraphv1.GenerateResponse, error) 
 	if message != nil {
 		return g.progress.receive(message)
 	}
-	wait, event, err := g.progress.lose(cause)
+	wait, event, err := g.progress.lose(cause, g.hadHeaders())
 	g.wait = wait
 	return event, err
 }
@@ -172,6 +172,15 @@ func (g *Generation) read() (*hotgraphv1.GenerateResponse, *Error) {
 		typed = newError(codes.Unknown, err.Error())
 	}
 	return nil, typed
+}
+
+// hadHeaders tells whether the server began to answer on the connection that has just ended.
+func (g *Generation) hadHeaders() bool {
+	if g.stream == nil || g.streamErr != nil {
+		return false
+	}
+	headers, err := g.stream.Header() // does not wait any more
+	return err == nil && headers != nil
 }
 
 // settle lets a finished call end by itself: a cancel now would look to the server as if the caller had left.

@@ -580,6 +580,35 @@ func TestResume(t *testing.T) {
 		waitFree(t, client)
 		passed(t, "cut_and_resume")
 	})
+	t.Run("headers cut", func(t *testing.T) {
+		named := proto.Clone(seeded).(*hotgraphv1.GenerateRequest)
+		named.RequestId = "cut"
+		generation := dial(t, a.HeadersCut).Generate(t.Context(), named)
+		answer := must[*hotgraphv1.CompleteResponse](t)(generation.Result())
+		if answer.GetRequestId() != "cut/resume-2" || generation.NumResumes() != 0 {
+			t.Errorf("%q, resumed %d times", answer.GetRequestId(), generation.NumResumes())
+		}
+		if got, wanted := answer.GetChoices()[0], whole.GetChoices()[0]; !slices.Equal(got.GetTokenIds(), wanted.GetTokenIds()) {
+			t.Errorf("%q, unbroken %q", got.GetText(), wanted.GetText())
+		}
+
+		never := dial(t, a.HeadersCut).Generate(t.Context(), seeded, hotgraph.Resuming(hotgraph.ResumeNever))
+		if _, err := never.Result(); status.Code(err) != codes.Unavailable {
+			t.Errorf("not cut: %v", err)
+		}
+		policy := hotgraph.DefaultResumePolicy()
+		policy.MaxLosses = 1
+		drawn := &hotgraphv1.GenerateRequest{
+			Prompt: named.GetPrompt(), RequestId: "drawn", MaxTokens: proto.Uint32(4),
+		}
+		generation = dial(t, a.HeadersCut).Generate(t.Context(), drawn, hotgraph.ResumingBy(policy))
+		answer = must[*hotgraphv1.CompleteResponse](t)(generation.Result())
+		if answer.GetRequestId() != "drawn/resume-1" {
+			t.Errorf("%q", answer.GetRequestId())
+		}
+		waitFree(t, client)
+		passed(t, "headers_cut")
+	})
 	t.Run("drain", func(t *testing.T) {
 		drained := dial(t, a.Handover.Drained)
 		generation := dial(t, a.Handover.Target).Generate(t.Context(), seeded)

@@ -5,9 +5,10 @@ package hotgraph
 //
 // A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status: what
 // stands between client and server changes the code. The exceptions are the daemon's own refusals, errors of the request and
-// deadlines. Before the first event gRPC's own retries apply (serviceConfig), after it these rules: the same request goes out
-// again with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on
-// from them and sends only what is new, so that ids and texts join without a seam.
+// deadlines. Before the server's headers gRPC's own retries apply (serviceConfig), after them these rules: the same request goes
+// out again with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on
+// from them and sends only what is new, so that ids and texts join without a seam. A call whose connection breaks between the
+// headers and the first event gRPC does not try again; nothing came of it, so the request goes out as it was.
 
 import (
 	"errors"
@@ -42,7 +43,8 @@ const (
 // ResumePolicy says how far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at
 // random.
 type ResumePolicy struct {
-	// MaxLosses are servers lost in the middle of one generation; it bounds what a request that kills servers can do.
+	// MaxLosses are servers lost in the middle of one generation, or between their headers and its first event; it bounds what
+	// a request that kills servers can do.
 	MaxLosses int
 	// MaxAttempts are tries in a row to reach a server again, each of them with gRPC's own retries.
 	MaxAttempts  int
@@ -308,10 +310,11 @@ func (p *progress) takeStarted(
 
 // lose takes in that the connection ended before Finished, with this error or, when it is nil, with OK: from open to lost, or
 // to ended. It returns the wait before open, or the last event when nothing but it was missing. It fails when the generation
-// cannot go on: with the daemon's own error as it is, with any other loss after the first event as a LostError.
-func (p *progress) lose(cause *Error) (time.Duration, *hotgraphv1.GenerateResponse, error) {
+// cannot go on: with the daemon's own error as it is, with any other loss after the first event as a LostError. hadHeaders: the
+// server had begun to answer.
+func (p *progress) lose(cause *Error, hadHeaders bool) (time.Duration, *hotgraphv1.GenerateResponse, error) {
 	isAnswered := p.started != nil
-	if cause != nil && !isLoss(cause, isAnswered) {
+	if cause != nil && !isLoss(cause, isAnswered || p.numConnections > 1, hadHeaders) {
 		return 0, nil, p.fail(cause)
 	}
 	if isAnswered && p.areAllFinished() {
@@ -322,7 +325,7 @@ func (p *progress) lose(cause *Error) (time.Duration, *hotgraphv1.GenerateRespon
 	if cause == nil || (isAnswered && !isOwnWord) {
 		loss = p.lost("the server was lost in the middle of an answer", cause)
 	}
-	if p.isConnectionAnswered {
+	if p.isConnectionAnswered || !isAnswered && hadHeaders {
 		p.numLosses++
 	} else {
 		p.numFailedAttempts++
@@ -336,15 +339,18 @@ func (p *progress) lose(cause *Error) (time.Duration, *hotgraphv1.GenerateRespon
 	return delay, nil, nil
 }
 
-// isLoss tells whether a stream that ended with this error lost its server. isAnswered: an event came at some time.
-func isLoss(err *Error, isAnswered bool) bool {
+// isLoss tells whether a stream that ended with this error lost its server. isReached: a server was lost before, or told an
+// event. hadHeaders: the server had begun to answer.
+func isLoss(err *Error, isReached, hadHeaders bool) bool {
 	switch {
 	case err.Kind() == KindCancelled:
 		return true // not by us: something between us and the server let go
 	case err.ReasonName != "":
-		return isAnswered && err.Kind() == KindRetryable
-	case err.Code == codes.Unavailable || err.Code == codes.ResourceExhausted:
-		return isAnswered // before an answer gRPC has tried again already
+		return isReached && err.Kind() == KindRetryable
+	case err.Code == codes.Unavailable:
+		return isReached || hadHeaders // before the headers gRPC has tried again already
+	case err.Code == codes.ResourceExhausted:
+		return isReached
 	default:
 		return err.Kind() != KindRequest && err.Kind() != KindDeadline
 	}

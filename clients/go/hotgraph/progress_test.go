@@ -4,6 +4,7 @@ package hotgraph
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -79,7 +80,7 @@ func TestGoesOnWithWhatItHas(t *testing.T) {
 	request := seeded()
 	request.NumChoices = proto.Uint32(3)
 	p := begun(t, request, ResumeRepeatable, started(7), tokens(0, nil, 1, 2), tokens(1, stopped(1), 3))
-	if wait, event, err := p.lose(bare(codes.Unavailable)); wait <= 0 || event != nil || err != nil {
+	if wait, event, err := p.lose(bare(codes.Unavailable), true); wait <= 0 || event != nil || err != nil {
 		t.Fatalf("%v %v %v", wait, event, err)
 	}
 	again, err := p.open()
@@ -110,23 +111,26 @@ func TestGoesOnWithWhatItHas(t *testing.T) {
 
 func TestWhatIsALoss(t *testing.T) {
 	cases := []struct {
-		name     string
-		err      *Error
-		answered bool
-		is       bool
+		name    string
+		err     *Error
+		reached bool
+		headers bool
+		is      bool
 	}{
-		{"refused before an answer", bare(codes.Unavailable), false, false},
-		{"lost after it", bare(codes.Unavailable), true, true},
-		{"a proxy's mistake", bare(codes.Internal), false, true},
-		{"cancelled by another", bare(codes.Canceled), false, true},
-		{"a deadline", bare(codes.DeadlineExceeded), true, false},
-		{"a wrong request", bare(codes.InvalidArgument), true, false},
-		{"draining after an answer", told(t, codes.Unavailable, "DRAINING", 0), true, true},
-		{"draining before", told(t, codes.Unavailable, "DRAINING", 0), false, false},
-		{"the daemon's own mistake", told(t, codes.Internal, "INTERNAL", 0), true, false},
+		{"refused before an answer", bare(codes.Unavailable), false, false, false},
+		{"lost after the headers", bare(codes.Unavailable), false, true, true},
+		{"a limit after the headers", bare(codes.ResourceExhausted), false, true, false},
+		{"lost after it", bare(codes.Unavailable), true, false, true},
+		{"a proxy's mistake", bare(codes.Internal), false, false, true},
+		{"cancelled by another", bare(codes.Canceled), false, false, true},
+		{"a deadline", bare(codes.DeadlineExceeded), true, true, false},
+		{"a wrong request", bare(codes.InvalidArgument), true, true, false},
+		{"draining after an answer", told(t, codes.Unavailable, "DRAINING", 0), true, false, true},
+		{"draining before", told(t, codes.Unavailable, "DRAINING", 0), false, true, false},
+		{"the daemon's own mistake", told(t, codes.Internal, "INTERNAL", 0), true, true, false},
 	}
 	for _, c := range cases {
-		if got := isLoss(c.err, c.answered); got != c.is {
+		if got := isLoss(c.err, c.reached, c.headers); got != c.is {
 			t.Errorf("%s: %v", c.name, got)
 		}
 	}
@@ -146,7 +150,7 @@ func TestWhenItDoesNotGoOn(t *testing.T) {
 		{"a seed, never", seeded(), ResumeNever, false},
 	} {
 		p := begun(t, c.request, c.resume, started(7), tokens(0, nil, 1))
-		_, _, err := p.lose(nil)
+		_, _, err := p.lose(nil, true)
 		if (err == nil) != c.goesOn {
 			t.Errorf("%s: %v", c.name, err)
 		}
@@ -156,7 +160,7 @@ func TestWhenItDoesNotGoOn(t *testing.T) {
 		}
 	}
 	p := begun(t, drawn, ResumeRepeatable, started(7))
-	if _, _, err := p.lose(nil); err != nil {
+	if _, _, err := p.lose(nil, true); err != nil {
 		t.Errorf("before any token there is nothing to contradict: %v", err)
 	}
 }
@@ -166,7 +170,7 @@ func TestLossesAndAttemptsAreBounded(t *testing.T) {
 	var err error
 	numOpen := 1
 	for ; err == nil; numOpen++ {
-		if _, _, err = p.lose(bare(codes.Unavailable)); err == nil {
+		if _, _, err = p.lose(bare(codes.Unavailable), true); err == nil {
 			if _, err = p.open(); err == nil {
 				_, err = p.receive(started(7))
 			}
@@ -180,7 +184,7 @@ func TestLossesAndAttemptsAreBounded(t *testing.T) {
 	var last time.Duration
 	for err = nil; err == nil; numLost++ {
 		var wait time.Duration
-		if wait, _, err = p.lose(bare(codes.Unavailable)); err == nil {
+		if wait, _, err = p.lose(bare(codes.Unavailable), false); err == nil {
 			if wait < last || wait > p.policy.MaxBackoff {
 				t.Errorf("waits %v after %v", wait, last)
 			}
@@ -193,21 +197,57 @@ func TestLossesAndAttemptsAreBounded(t *testing.T) {
 	}
 }
 
+func TestGoesOnAsItWasAfterHeadersAlone(t *testing.T) {
+	request := &hotgraphv1.GenerateRequest{RequestId: "mine"}
+	p := begun(t, request, ResumeRepeatable)
+	for number := 1; number <= p.policy.MaxLosses; number++ {
+		if wait, _, err := p.lose(bare(codes.Unavailable), true); wait <= 0 || err != nil {
+			t.Fatalf("%v %v", wait, err)
+		}
+		again, err := p.open()
+		if err != nil || again.GetRequestId() != fmt.Sprintf("mine/resume-%d", number) {
+			t.Fatalf("%v %v", again, err)
+		}
+		again.RequestId = request.RequestId
+		if !proto.Equal(again, request) {
+			t.Errorf("not as it was: %v", again)
+		}
+	}
+	var lost *LostError
+	if _, _, err := p.lose(bare(codes.Unavailable), true); status.Code(err) != codes.Unavailable || errors.As(err, &lost) {
+		t.Errorf("not what gRPC said: %v", err)
+	}
+	p = begun(t, request, ResumeNever)
+	if _, _, err := p.lose(bare(codes.Unavailable), true); err == nil {
+		t.Error("goes on though it was told not to")
+	}
+	p = begun(t, request, ResumeRepeatable)
+	if _, _, err := p.lose(bare(codes.Unavailable), true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.open(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.lose(bare(codes.Unavailable), false); err != nil {
+		t.Errorf("a server that was lost before is waited for: %v", err)
+	}
+}
+
 func TestWaitsAsLongAsToldAndNoLongerThanTheDeadline(t *testing.T) {
 	p := begun(t, seeded(), ResumeAlways, started(7), tokens(0, nil, 1))
-	if wait, _, err := p.lose(told(t, codes.Unavailable, "DRAINING", 9*time.Second)); wait < 9*time.Second || err != nil {
+	if wait, _, err := p.lose(told(t, codes.Unavailable, "DRAINING", 9*time.Second), true); wait < 9*time.Second || err != nil {
 		t.Errorf("%v %v", wait, err)
 	}
 	p = begun(t, seeded(), ResumeAlways, started(7), tokens(0, nil, 1))
 	p.deadline = p.now().Add(5 * time.Second)
-	if _, _, err := p.lose(told(t, codes.Unavailable, "DRAINING", 9*time.Second)); err == nil {
+	if _, _, err := p.lose(told(t, codes.Unavailable, "DRAINING", 9*time.Second), true); err == nil {
 		t.Error("waits beyond the deadline")
 	}
 }
 
 func TestAnotherSeedIsNotTheSameAnswer(t *testing.T) {
 	p := begun(t, seeded(), ResumeAlways, started(7), tokens(0, nil, 1))
-	if _, _, err := p.lose(nil); err != nil {
+	if _, _, err := p.lose(nil, true); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := p.open(); err != nil {
@@ -221,7 +261,7 @@ func TestAnotherSeedIsNotTheSameAnswer(t *testing.T) {
 
 func TestOnlyFinishedWasLost(t *testing.T) {
 	p := begun(t, seeded(), ResumeNever, started(7), tokens(0, stopped(0), 1, 2))
-	_, event, err := p.lose(bare(codes.Unavailable))
+	_, event, err := p.lose(bare(codes.Unavailable), true)
 	if err != nil || event.GetFinished().GetUsage().GetCompletionTokens() != 2 || !p.isEnded() {
 		t.Errorf("%v %v", event, err)
 	}
@@ -231,7 +271,7 @@ func TestLongRequestIDsStayValid(t *testing.T) {
 	request := seeded()
 	request.RequestId = strings.Repeat("i", maxRequestIDLength)
 	p := begun(t, request, ResumeAlways)
-	if _, _, err := p.lose(bare(codes.Internal)); err != nil {
+	if _, _, err := p.lose(bare(codes.Internal), true); err != nil {
 		t.Fatal(err)
 	}
 	again, err := p.open()

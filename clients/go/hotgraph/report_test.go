@@ -14,6 +14,7 @@ import (
 // addresses are those of the daemons that tests/interop started.
 type addresses struct {
 	Model, Unix, TCP, Cut, Vectors string
+	HeadersCut                     string `json:"headers_cut"`
 	TLS                            struct {
 		Target, Token string
 		Roots         string `json:"root_certificates"`

@@ -127,7 +127,7 @@ export class Generation implements AsyncIterableIterator<GenerationEvent, undefi
     clearTimeout(timer);
     if (progress.isEnded) return undefined; // cancelled meanwhile
     if (message) return progress.receive(message);
-    const loss = progress.lose(error);
+    const loss = progress.lose(error, reader.hasHeaders);
     if ("event" in loss) return loss.event;
     this.#waitMs = loss.waitMs;
     return undefined;

@@ -3,9 +3,10 @@
 //
 // A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status: what stands
 // between client and server changes the code. The exceptions are the daemon's own refusals, errors of the request and deadlines.
-// Before the first event gRPC's own retries apply (serviceConfig), after it these rules: the same request goes out again with
-// the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on from them and
-// sends only what is new, so that ids and texts join without a seam.
+// Before the server's headers gRPC's own retries apply (serviceConfig), after them these rules: the same request goes out again
+// with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on from them and
+// sends only what is new, so that ids and texts join without a seam. A call whose connection breaks between the headers and the
+// first event gRPC does not try again; nothing came of it, so the request goes out as it was.
 
 import { clone, create } from "@bufbuild/protobuf";
 import { durationFromMs } from "@bufbuild/protobuf/wkt";
@@ -45,7 +46,10 @@ export type Resume = "repeatable" | "always" | "never";
 
 /** How far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at random. */
 export interface ResumePolicy {
-  /** Servers lost in the middle of one generation; it bounds what a request that kills servers can do. */
+  /**
+   * Servers lost in the middle of one generation, or between their headers and its first event; it bounds what a request that
+   * kills servers can do.
+   */
   readonly maxLosses: number;
   /** Tries in a row to reach a server again, each of them with gRPC's own retries. */
   readonly maxAttempts: number;
@@ -254,16 +258,16 @@ export class Progress {
   /**
    * Takes in that the connection ended before Finished, with this error or, when it is undefined, with OK: from open to lost, or
    * to ended. Throws when the generation cannot go on: with the daemon's own error as it is, with any other loss after the first
-   * event as a StreamLostError.
+   * event as a StreamLostError. hadHeaders: the server had begun to answer.
    */
-  lose(cause: HotgraphError | undefined): Loss {
+  lose(cause: HotgraphError | undefined, hadHeaders: boolean): Loss {
     const isAnswered = this.started !== undefined;
-    if (cause && !isLoss(cause, isAnswered)) throw this.fail(cause);
+    if (cause && !isLoss(cause, isAnswered || this.#numConnections > 1, hadHeaders)) throw this.fail(cause);
     if (isAnswered && this.#sorted().every(([, { finish }]) => finish)) {
       return { event: this.#finish(this.#finishedAlone()) };
     }
     const isOwnWord = cause !== undefined && cause.reasonName !== "" && cause.kind === "retryable";
-    if (this.#isConnectionAnswered) this.#numLosses++;
+    if (this.#isConnectionAnswered || (!isAnswered && hadHeaders)) this.#numLosses++;
     else this.#numFailedAttempts++;
     const waitMs = this.#waitMs(cause);
     const leftMs = this.leftMs();
@@ -379,13 +383,15 @@ export class Progress {
   }
 }
 
-/** Whether a stream that ended with this error lost its server. isAnswered: an event came at some time. */
-export function isLoss(error: HotgraphError, isAnswered: boolean): boolean {
+/**
+ * Whether a stream that ended with this error lost its server. isReached: a server was lost before, or told an event. hadHeaders:
+ * the server had begun to answer.
+ */
+export function isLoss(error: HotgraphError, isReached: boolean, hadHeaders: boolean): boolean {
   if (error.kind === "cancelled") return true; // not by us: something between us and the server let go
-  if (error.reasonName !== "") return isAnswered && error.kind === "retryable";
-  if (error.code === status.UNAVAILABLE || error.code === status.RESOURCE_EXHAUSTED) {
-    return isAnswered; // before an answer gRPC has tried again already
-  }
+  if (error.reasonName !== "") return isReached && error.kind === "retryable";
+  if (error.code === status.UNAVAILABLE) return isReached || hadHeaders; // before the headers gRPC has tried again already
+  if (error.code === status.RESOURCE_EXHAUSTED) return isReached;
   return error.kind !== "request" && error.kind !== "deadline";
 }
 

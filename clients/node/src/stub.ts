@@ -160,6 +160,7 @@ export class StreamReader<M extends DescMethodServerStreaming> {
   readonly #stopListening: () => void;
   #call: ClientReadableStream<MessageShape<M["output"]>> | undefined;
   #error: HotgraphError | undefined;
+  #hasHeaders = false;
   #isDrained = false; // every message is in the queue, or was
   #hasStatus = false;
   #wake: (() => void) | undefined;
@@ -185,6 +186,9 @@ export class StreamReader<M extends DescMethodServerStreaming> {
         grpcOptions,
       );
       this.#call = call;
+      call.on("metadata", () => {
+        this.#hasHeaders = true;
+      });
       call.on("data", (message: MessageShape<M["output"]>) => {
         this.#queue.push(message);
         if (this.#queue.length >= MAX_QUEUED) call.pause();
@@ -208,6 +212,11 @@ export class StreamReader<M extends DescMethodServerStreaming> {
 
   get #isOver(): boolean {
     return this.#isDrained && this.#hasStatus;
+  }
+
+  /** Whether the server began to answer. */
+  get hasHeaders(): boolean {
+    return this.#hasHeaders;
   }
 
   #notify(): void {

@@ -470,6 +470,22 @@ check("cut_and_resume", async (t) => {
   await waitFree();
 });
 
+check("headers_cut", async (t) => {
+  const whole = await client.generate(SEEDED).result();
+  const generation = dial(t, told.headers_cut).generate({ ...SEEDED, requestId: "cut" });
+  const got = await generation.result();
+  assert.deepEqual([got.requestId, generation.numResumes], ["cut/resume-2", 0]);
+  assert.deepEqual(got.choices[0]!.tokenIds, whole.choices[0]!.tokenIds);
+  await assert.rejects(
+    dial(t, told.headers_cut).generate(SEEDED, { resume: "never" }).result(),
+    (error) => error instanceof HotgraphError && !(error instanceof StreamLostError) && error.code === Code.UNAVAILABLE,
+  );
+  const drawn = dial(t, told.headers_cut, { resumePolicy: { maxLosses: 1 } });
+  const other = await drawn.generate({ prompt: SEEDED.prompt!, maxTokens: 4, requestId: "drawn" }).result();
+  assert.equal(other.requestId, "drawn/resume-1");
+  await waitFree();
+});
+
 check("soak", async () => {
   const call = async (other: Client): Promise<void> => {
     assert.ok((await other.inference.detokenize({ tokenIds: [504, 6376] })).text);

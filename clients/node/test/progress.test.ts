@@ -57,8 +57,8 @@ function begun(init: Init, resume: Resume, messages: GenerateResponse[], deadlin
   return progress;
 }
 
-function waitOf(progress: Progress, cause?: HotgraphError): number {
-  const loss = progress.lose(cause);
+function waitOf(progress: Progress, cause?: HotgraphError, hadHeaders = true): number {
+  const loss = progress.lose(cause, hadHeaders);
   assert.ok("waitMs" in loss);
   return loss.waitMs;
 }
@@ -92,18 +92,38 @@ test("it goes on with what it has, and shows one stream", () => {
 });
 
 test("what is a loss, and what is not", () => {
-  const cases: [string, HotgraphError, boolean, boolean][] = [
-    ["refused before an answer", bare(Code.UNAVAILABLE), false, false],
-    ["lost after it", bare(Code.UNAVAILABLE), true, true],
-    ["a proxy's mistake", bare(Code.INTERNAL), false, true],
-    ["cancelled by another", bare(Code.CANCELLED), false, true],
-    ["a deadline", bare(Code.DEADLINE_EXCEEDED), true, false],
-    ["a wrong request", bare(Code.INVALID_ARGUMENT), true, false],
-    ["draining after an answer", told(Code.UNAVAILABLE, "DRAINING"), true, true],
-    ["draining before", told(Code.UNAVAILABLE, "DRAINING"), false, false],
-    ["the daemon's own mistake", told(Code.INTERNAL, "INTERNAL"), true, false],
+  const cases: [string, HotgraphError, boolean, boolean, boolean][] = [
+    ["refused before an answer", bare(Code.UNAVAILABLE), false, false, false],
+    ["lost after the headers", bare(Code.UNAVAILABLE), false, true, true],
+    ["a limit after the headers", bare(Code.RESOURCE_EXHAUSTED), false, true, false],
+    ["lost after it", bare(Code.UNAVAILABLE), true, false, true],
+    ["a proxy's mistake", bare(Code.INTERNAL), false, false, true],
+    ["cancelled by another", bare(Code.CANCELLED), false, false, true],
+    ["a deadline", bare(Code.DEADLINE_EXCEEDED), true, true, false],
+    ["a wrong request", bare(Code.INVALID_ARGUMENT), true, true, false],
+    ["draining after an answer", told(Code.UNAVAILABLE, "DRAINING"), true, false, true],
+    ["draining before", told(Code.UNAVAILABLE, "DRAINING"), false, true, false],
+    ["the daemon's own mistake", told(Code.INTERNAL, "INTERNAL"), true, true, false],
   ];
-  for (const [name, error, isAnswered, wanted] of cases) assert.equal(isLoss(error, isAnswered), wanted, name);
+  for (const [name, error, isReached, hadHeaders, wanted] of cases) {
+    assert.equal(isLoss(error, isReached, hadHeaders), wanted, name);
+  }
+});
+
+test("after headers alone it goes on as it was, as often as servers may be lost", () => {
+  const init: Init = { requestId: "mine", maxTokens: 4 };
+  const progress = begun(init, "repeatable", []);
+  const gone = bare(Code.UNAVAILABLE);
+  for (let i = 1; i <= DEFAULT_RESUME_POLICY.maxLosses; i++) {
+    assert.equal(waitOf(progress, gone), 50);
+    assert.deepEqual(progress.open(), create(GenerateRequestSchema, { ...init, requestId: `mine/resume-${i}` }));
+  }
+  assert.throws(() => progress.lose(gone, true), gone);
+  assert.throws(() => begun(init, "never", []).lose(gone, true), gone);
+  const again = begun(init, "repeatable", []);
+  waitOf(again, gone);
+  again.open();
+  waitOf(again, gone, false); // a server that was lost before is waited for
 });
 
 test("it goes on when the tokens would be the same, or when told to", () => {
@@ -120,7 +140,7 @@ test("it goes on when the tokens would be the same, or when told to", () => {
       waitOf(progress);
     } else {
       assert.throws(
-        () => progress.lose(undefined),
+        () => progress.lose(undefined, true),
         (error) => error instanceof StreamLostError && error.choices[0]?.tokenIds[0] === 1 && error.code === Code.UNAVAILABLE,
       );
     }
@@ -135,15 +155,15 @@ test("losses and tries are bounded, and waits grow up to the longest", () => {
     answering.open();
     answering.receive(started(7n));
   }
-  assert.throws(() => answering.lose(bare(Code.UNAVAILABLE)), StreamLostError);
+  assert.throws(() => answering.lose(bare(Code.UNAVAILABLE), true), StreamLostError);
 
   const silent = begun(SEEDED, "always", [started(7n), tokens(0, [1])]);
   const waits = [];
   for (let i = 0; i < DEFAULT_RESUME_POLICY.maxAttempts; i++) {
-    waits.push(waitOf(silent, bare(Code.UNAVAILABLE)));
+    waits.push(waitOf(silent, bare(Code.UNAVAILABLE), false));
     silent.open();
   }
-  assert.throws(() => silent.lose(bare(Code.UNAVAILABLE)), StreamLostError);
+  assert.throws(() => silent.lose(bare(Code.UNAVAILABLE), true), StreamLostError);
   assert.deepEqual(waits, [50, 100, 200, 400, 800, 1600, 2500, 2500]);
 });
 
@@ -151,7 +171,7 @@ test("it waits as long as told, and not beyond the deadline", () => {
   const draining = told(Code.UNAVAILABLE, "DRAINING", 9000);
   assert.equal(waitOf(begun(SEEDED, "always", [started(7n), tokens(0, [1])]), draining), 9000);
   const late = begun(SEEDED, "always", [started(7n), tokens(0, [1])], 6000);
-  assert.throws(() => late.lose(draining), draining);
+  assert.throws(() => late.lose(draining, true), draining);
   const inTime = begun(SEEDED, "always", [started(7n), tokens(0, [1])], 6000);
   waitOf(inTime, bare(Code.UNAVAILABLE));
   assert.equal(inTime.open().timeout?.seconds, 5n);
@@ -166,7 +186,7 @@ test("another seed, model or prompt is not the same answer", () => {
 
 test("a stream that lost nothing but Finished is whole", () => {
   const progress = begun(SEEDED, "never", [started(7n), tokens(0, [1, 2], stopped(0))]);
-  const loss = progress.lose(bare(Code.UNAVAILABLE));
+  const loss = progress.lose(bare(Code.UNAVAILABLE), true);
   assert.ok("event" in loss && loss.event.case === "finished");
   assert.equal(loss.event.value.usage?.completionTokens, 2);
   assert.ok(progress.isEnded);

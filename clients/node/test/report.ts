@@ -10,6 +10,7 @@ export interface Addresses {
   mutual_tls: { target: string; root_certificates: string; certificate_chain: string; private_key: string };
   handover: { target: string; drained: string };
   cut: string;
+  headers_cut: string;
   vectors: string;
 }
 

@@ -169,8 +169,9 @@ impl Generation {
         Link::Opening(Box::pin(async move { Ok(stub.generate(request).await?.into_inner()) }))
     }
 
-    fn lose(&mut self, cause: Option<Failure>) -> Step {
-        match self.progress.lose(cause, Instant::now()) {
+    /// had_headers: the server had begun to answer.
+    fn lose(&mut self, cause: Option<Failure>, had_headers: bool) -> Step {
+        match self.progress.lose(cause, had_headers, Instant::now()) {
             Ok(After::Wait(wait)) => Step::On(Link::Waiting(Box::pin(sleep(wait)))),
             Ok(After::Event(event)) => Step::Tell(Link::None, Ok(event)),
             Err(error) => Step::On(Link::Failed(error)),
@@ -189,7 +190,7 @@ impl Generation {
             Link::Opening(mut opening) => match opening.as_mut().poll(cx) {
                 Poll::Pending => Step::Wait(Link::Opening(opening)),
                 Poll::Ready(Ok(stream)) => Step::On(Link::Reading(stream, None)),
-                Poll::Ready(Err(status)) => self.lose(Some(status.into())),
+                Poll::Ready(Err(status)) => self.lose(Some(status.into()), false),
             },
             Link::Reading(mut stream, mut idle) => match Pin::new(&mut stream).poll_next(cx) {
                 Poll::Ready(Some(Ok(message))) => match self.progress.receive(message, Instant::now()) {
@@ -200,10 +201,10 @@ impl Generation {
                     Ok(None) => Step::On(Link::Reading(stream, self.idle_timer())),
                     Err(error) => Step::On(Link::Failed(error)),
                 },
-                Poll::Ready(Some(Err(status))) => self.lose(Some(status.into())),
-                Poll::Ready(None) => self.lose(None),
+                Poll::Ready(Some(Err(status))) => self.lose(Some(status.into()), true),
+                Poll::Ready(None) => self.lose(None, true),
                 Poll::Pending if idle.as_mut().is_some_and(|idle| idle.as_mut().poll(cx).is_ready()) => {
-                    self.lose(Some(Failure::new(Code::Unavailable, "no event for too long")))
+                    self.lose(Some(Failure::new(Code::Unavailable, "no event for too long")), true)
                 }
                 Poll::Pending => Step::Wait(Link::Reading(stream, idle)),
             },

@@ -3,9 +3,10 @@
 //!
 //! A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status: what
 //! stands between client and server changes the code. The exceptions are the daemon's own refusals, errors of the request and
-//! deadlines. Before the first event the retries of transport.rs apply, after it these rules: the same request goes out again
-//! with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on from them
-//! and sends only what is new, so that ids and texts join without a seam.
+//! deadlines. Before the server's headers the retries of transport.rs apply, after them these rules: the same request goes out
+//! again with the seed that Started told and, for each choice that has not ended, the tokens that came. The server goes on from
+//! them and sends only what is new, so that ids and texts join without a seam. A call whose connection breaks between the headers
+//! and the first event the transport does not try again; nothing came of it, so the request goes out as it was.
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +39,8 @@ pub enum Resume {
 /// How far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at random.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ResumePolicy {
-    /// Servers lost in the middle of one generation; it bounds what a request that kills servers can do.
+    /// Servers lost in the middle of one generation, or between their headers and its first event; it bounds what a request
+    /// that kills servers can do.
     pub max_losses: u32,
     /// Tries in a row to reach a server again, each of them with the transport's retries.
     pub max_attempts: u32,
@@ -284,17 +286,18 @@ impl Progress {
 
     /// Takes in that the connection ended before Finished, with this error or, when it is None, with OK: from open to lost, or
     /// to ended. Fails when the generation cannot go on: with the daemon's own error as it is, with any other loss after the
-    /// first event as [`Error::Lost`].
-    pub(crate) fn lose(&mut self, cause: Option<Failure>, now: Instant) -> Result<After, Error> {
+    /// first event as [`Error::Lost`]. had_headers: the server had begun to answer.
+    pub(crate) fn lose(&mut self, cause: Option<Failure>, had_headers: bool, now: Instant) -> Result<After, Error> {
         let is_answered = self.started.is_some();
-        if let Some(cause) = cause.as_ref().filter(|cause| !is_loss(cause, is_answered)) {
+        let is_reached = is_answered || self.num_connections > 1;
+        if let Some(cause) = cause.as_ref().filter(|cause| !is_loss(cause, is_reached, had_headers)) {
             return Err(self.fail(cause.clone().into()));
         }
         if is_answered && self.records.values().all(|record| record.finish.is_some()) {
             let finished = self.finished_alone(now);
             return Ok(After::Event(self.finish(finished)));
         }
-        if self.is_connection_answered {
+        if self.is_connection_answered || !is_answered && had_headers {
             self.num_losses += 1;
         } else {
             self.num_failed_attempts += 1;
@@ -416,13 +419,15 @@ impl Progress {
     }
 }
 
-/// Whether a stream that ended with this error lost its server. is_answered: an event came at some time.
-fn is_loss(failure: &Failure, is_answered: bool) -> bool {
+/// Whether a stream that ended with this error lost its server. is_reached: a server was lost before, or told an event.
+/// had_headers: the server had begun to answer.
+fn is_loss(failure: &Failure, is_reached: bool, had_headers: bool) -> bool {
     match failure.kind() {
         Kind::Cancelled => true, // not by us: something between us and the server let go
-        kind if !failure.reason_name.is_empty() => is_answered && kind == Kind::Retryable,
-        // Before an answer the transport has tried again already.
-        _ if matches!(failure.code, Code::Unavailable | Code::ResourceExhausted) => is_answered,
+        kind if !failure.reason_name.is_empty() => is_reached && kind == Kind::Retryable,
+        // Before the headers the transport has tried again already.
+        _ if failure.code == Code::Unavailable => is_reached || had_headers,
+        _ if failure.code == Code::ResourceExhausted => is_reached,
         kind => !matches!(kind, Kind::Request | Kind::Deadline),
     }
 }
@@ -492,7 +497,7 @@ mod tests {
     }
 
     fn waits(progress: &mut Progress, cause: Option<Failure>, now: Instant) -> Duration {
-        match progress.lose(cause, now).expect("goes on") {
+        match progress.lose(cause, true, now).expect("goes on") {
             After::Wait(wait) => wait,
             After::Event(event) => panic!("{event:?}"),
         }
@@ -522,19 +527,42 @@ mod tests {
     #[test]
     fn knows_what_is_a_loss() {
         let later = Duration::ZERO;
-        for (name, failure, is_answered, wanted) in [
-            ("refused before an answer", bare(Code::Unavailable), false, false),
-            ("lost after it", bare(Code::Unavailable), true, true),
-            ("a proxy's mistake", bare(Code::Internal), false, true),
-            ("cancelled by another", bare(Code::Cancelled), false, true),
-            ("a deadline", bare(Code::DeadlineExceeded), true, false),
-            ("a wrong request", bare(Code::InvalidArgument), true, false),
-            ("draining after an answer", told(Code::Unavailable, "DRAINING", later), true, true),
-            ("draining before", told(Code::Unavailable, "DRAINING", later), false, false),
-            ("the daemon's own mistake", told(Code::Internal, "INTERNAL", later), true, false),
+        for (name, failure, is_reached, had_headers, wanted) in [
+            ("refused before an answer", bare(Code::Unavailable), false, false, false),
+            ("lost after the headers", bare(Code::Unavailable), false, true, true),
+            ("a limit after the headers", bare(Code::ResourceExhausted), false, true, false),
+            ("lost after it", bare(Code::Unavailable), true, false, true),
+            ("a proxy's mistake", bare(Code::Internal), false, false, true),
+            ("cancelled by another", bare(Code::Cancelled), false, false, true),
+            ("a deadline", bare(Code::DeadlineExceeded), true, true, false),
+            ("a wrong request", bare(Code::InvalidArgument), true, true, false),
+            ("draining after an answer", told(Code::Unavailable, "DRAINING", later), true, false, true),
+            ("draining before", told(Code::Unavailable, "DRAINING", later), false, true, false),
+            ("the daemon's own mistake", told(Code::Internal, "INTERNAL", later), true, true, false),
         ] {
-            assert_eq!(is_loss(&failure, is_answered), wanted, "{name}");
+            assert_eq!(is_loss(&failure, is_reached, had_headers), wanted, "{name}");
         }
+    }
+
+    #[test]
+    fn goes_on_as_it_was_after_headers_alone() {
+        let request = v1::GenerateRequest { request_id: "mine".into(), ..Default::default() };
+        let (mut progress, now) = begun(request.clone(), Resume::Repeatable, vec![]);
+        for number in 1..=progress.policy.max_losses {
+            waits(&mut progress, Some(bare(Code::Unavailable)), now);
+            let again = progress.open(now).expect("opens");
+            assert_eq!(again, v1::GenerateRequest { request_id: format!("mine/resume-{number}"), ..request.clone() });
+        }
+        // What the connection told, as it is.
+        let told = progress.lose(Some(bare(Code::Unavailable)), true, now);
+        assert!(matches!(told, Err(Error::Retryable(_))), "{told:?}");
+        let (mut progress, now) = begun(request.clone(), Resume::Never, vec![]);
+        assert!(progress.lose(Some(bare(Code::Unavailable)), true, now).is_err());
+        // A server that was lost before is waited for.
+        let (mut progress, now) = begun(request, Resume::Repeatable, vec![]);
+        waits(&mut progress, Some(bare(Code::Unavailable)), now);
+        progress.open(now).expect("opens");
+        assert!(progress.lose(Some(bare(Code::Unavailable)), false, now).is_ok());
     }
 
     #[test]
@@ -547,7 +575,7 @@ mod tests {
             (seeded(), Resume::Never, false),
         ] {
             let (mut progress, now) = begun(request, resume, vec![started(7), tokens(0, None, &[1])]);
-            match progress.lose(None, now) {
+            match progress.lose(None, true, now) {
                 Ok(_) => assert!(goes_on, "{resume:?}"),
                 Err(Error::Lost(lost)) => {
                     assert!(!goes_on, "{resume:?}");
@@ -569,7 +597,7 @@ mod tests {
         let came = || vec![started(7), tokens(0, None, &[1])];
         let (mut progress, now) = begun(seeded(), Resume::Always, came());
         let mut num_losses = 1;
-        while progress.lose(Some(bare(Code::Unavailable)), now).is_ok() {
+        while progress.lose(Some(bare(Code::Unavailable)), true, now).is_ok() {
             progress.open(now).expect("opens");
             progress.receive(started(7), now).expect("the same");
             num_losses += 1;
@@ -578,7 +606,7 @@ mod tests {
 
         let (mut progress, now) = begun(seeded(), Resume::Always, came());
         let (mut num_lost, mut last) = (1, Duration::ZERO);
-        while let Ok(After::Wait(wait)) = progress.lose(Some(bare(Code::Unavailable)), now) {
+        while let Ok(After::Wait(wait)) = progress.lose(Some(bare(Code::Unavailable)), false, now) {
             assert!(wait >= last && wait <= progress.policy.max_backoff, "{wait:?} after {last:?}");
             last = wait;
             progress.open(now).expect("opens");
@@ -595,7 +623,7 @@ mod tests {
         assert!(waits(&mut progress, told(), now) >= Duration::from_secs(9));
         let (mut progress, now) = begun(seeded(), Resume::Always, came());
         progress.deadline = Some(now + Duration::from_secs(5));
-        assert!(progress.lose(told(), now).is_err_and(|error| error.is_retryable()));
+        assert!(progress.lose(told(), true, now).is_err_and(|error| error.is_retryable()));
     }
 
     #[test]
@@ -610,7 +638,8 @@ mod tests {
     fn makes_the_last_event_when_only_it_was_lost() {
         let came = vec![started(7), tokens(0, Some(stopped(0)), &[1, 2])];
         let (mut progress, now) = begun(seeded(), Resume::Never, came);
-        let Ok(After::Event(Event::Finished(finished))) = progress.lose(Some(bare(Code::Unavailable)), now) else {
+        let Ok(After::Event(Event::Finished(finished))) = progress.lose(Some(bare(Code::Unavailable)), true, now)
+        else {
             panic!("not finished");
         };
         assert_eq!(finished.usage.expect("usage").completion_tokens, 2);

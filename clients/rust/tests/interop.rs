@@ -86,6 +86,7 @@ cases! {
     token: token_;
     drain_and_resume: drain_and_resume_;
     cut_and_resume: cut_and_resume_;
+    headers_cut: headers_cut_;
     soak: soak_;
 }
 
@@ -562,6 +563,31 @@ async fn cut_and_resume_(world: &World) {
         Err(Error::Lost(lost)) => assert!(lost.started.is_some() && !lost.choices[0].token_ids.is_empty()),
         other => panic!("not lost: {other:?}"),
     }
+    wait_free(&client).await;
+}
+
+async fn headers_cut_(world: &World) {
+    let client = world.client();
+    let whole = client.generate(seeded()).result().await.expect("an answer");
+    let cut = || Client::new(world.told("/headers_cut")).expect("a client");
+    let mut generation = cut().generate(v1::GenerateRequest { request_id: "cut".into(), ..seeded() });
+    let answer = generation.result().await.expect("an answer");
+    assert_eq!((answer.request_id.as_str(), generation.num_resumes()), ("cut/resume-2", 0));
+    assert_eq!(answer.choices[0].token_ids, whole.choices[0].token_ids);
+    match cut().generate(seeded()).resume(Resume::Never).result().await {
+        Err(Error::Lost(lost)) => panic!("lost in the middle of an answer: {lost:?}"),
+        Err(error) => assert!(error.failure().is_some_and(|failure| failure.reason_name.is_empty()), "{error}"),
+        Ok(answer) => panic!("not cut: {answer:?}"),
+    }
+    let drawn = v1::GenerateRequest {
+        prompt: Some(hotgraph::text("Once upon a time")),
+        max_tokens: Some(4),
+        request_id: "drawn".into(),
+        ..Default::default()
+    };
+    let policy = ResumePolicy { max_losses: 1, ..Default::default() };
+    let answer = cut().generate(drawn).resume_policy(policy).result().await.expect("an answer");
+    assert_eq!(answer.request_id, "drawn/resume-1");
     wait_free(&client).await;
 }
 

@@ -38,8 +38,9 @@ enum class Resume {
 
 // How far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at random.
 struct ResumePolicy {
-    int max_losses =
-        3;  // servers lost in the middle of one generation; bounds what a request that kills servers can do
+    // Servers lost in the middle of one generation, or before its first event; bounds what a request that kills servers
+    // can do.
+    int max_losses = 3;
     int max_attempts = 8;  // tries in a row to reach a server again, each of them with gRPC's own retries
     std::chrono::nanoseconds first_backoff = std::chrono::milliseconds(100);
     std::chrono::nanoseconds max_backoff = std::chrono::seconds(5);

@@ -181,7 +181,7 @@ public final class Generation implements Iterable<GenerateResponse>, AutoCloseab
             if (!arrival.isEnd()) {
                 return progress.receive(arrival.message());
             }
-            Progress.Loss loss = progress.lose(error);
+            Progress.Loss loss = progress.lose(error, stream.hasHeaders());
             waitNanos = loss.waitNanos();
             return loss.event();
         }

@@ -24,6 +24,7 @@ final class MessageStream<R> {
 
     private final ClientCall<?, R> call;
     private final BlockingQueue<Arrival<R>> arrived = new LinkedBlockingQueue<>();
+    private volatile boolean hasHeaders;
     private Arrival<R> end; // of the reader
 
     private MessageStream(ClientCall<?, R> call) {
@@ -44,6 +45,11 @@ final class MessageStream<R> {
     private ClientCall.Listener<R> listener() {
         return new ClientCall.Listener<>() {
             @Override
+            public void onHeaders(Metadata headers) {
+                hasHeaders = true;
+            }
+
+            @Override
             public void onMessage(R message) {
                 arrived.add(new Arrival<>(message, null));
             }
@@ -53,6 +59,11 @@ final class MessageStream<R> {
                 arrived.add(new Arrival<>(null, status.isOk() ? null : HotgraphException.of(status, trailers)));
             }
         };
+    }
+
+    /** Whether the server began to answer. */
+    boolean hasHeaders() {
+        return hasHeaders;
     }
 
     /** Waits for the next message or the end, which may be read again. */

@@ -32,9 +32,11 @@ import java.util.function.LongSupplier;
  *
  * <p>A stream that ended without Finished, and that the caller did not cancel, is a lost server, whatever the status:
  * what stands between client and server changes the code. The exceptions are the daemon's own refusals, errors of the
- * request and deadlines. Before the first event gRPC's own retries apply ({@link ServiceConfig}), after it these rules:
- * the same request goes out again with the seed that Started told and, for each choice that has not ended, the tokens
- * that came. The server goes on from them and sends only what is new, so that ids and texts join without a seam.
+ * request and deadlines. Before the server's headers gRPC's own retries apply ({@link ServiceConfig}), after them these
+ * rules: the same request goes out again with the seed that Started told and, for each choice that has not ended, the
+ * tokens that came. The server goes on from them and sends only what is new, so that ids and texts join without a seam.
+ * A call whose connection breaks between the headers and the first event gRPC does not try again; nothing came of it,
+ * so the request goes out as it was.
  */
 final class Progress {
     static final int MAX_REQUEST_ID_LENGTH = 128;
@@ -300,18 +302,18 @@ final class Progress {
     /**
      * Takes in that the connection ended before Finished, with this error or, when it is null, with OK: from open to
      * lost, or to ended. Throws when the generation cannot go on: the daemon's own error as it is, any other loss after
-     * the first event as a StreamLostException.
+     * the first event as a StreamLostException. hadHeaders: the server had begun to answer.
      */
-    Loss lose(HotgraphException cause) {
+    Loss lose(HotgraphException cause, boolean hadHeaders) {
         boolean isAnswered = started != null;
-        if (cause != null && !isLoss(cause, isAnswered)) {
+        if (cause != null && !isLoss(cause, isAnswered || numConnections > 1, hadHeaders)) {
             throw fail(cause);
         }
         if (isAnswered && areAllFinished()) {
             return new Loss(0, finish(finishedAlone()));
         }
         boolean isOwnWord = cause != null && !cause.reasonName().isEmpty() && cause.isRetryable();
-        if (isConnectionAnswered) {
+        if (isConnectionAnswered || (!isAnswered && hadHeaders)) {
             numLosses++;
         } else {
             numFailedAttempts++;
@@ -326,17 +328,23 @@ final class Progress {
         return new Loss(waitNanos, null);
     }
 
-    /** Whether a stream that ended with this error lost its server. isAnswered: an event came at some time. */
-    static boolean isLoss(HotgraphException error, boolean isAnswered) {
+    /**
+     * Whether a stream that ended with this error lost its server. isReached: a server was lost before, or told an
+     * event. hadHeaders: the server had begun to answer.
+     */
+    static boolean isLoss(HotgraphException error, boolean isReached, boolean hadHeaders) {
         ErrorKind kind = error.kind();
         if (kind == ErrorKind.CANCELLED) {
             return true; // not by us: something between us and the server let go
         }
         if (!error.reasonName().isEmpty()) {
-            return isAnswered && kind == ErrorKind.RETRYABLE;
+            return isReached && kind == ErrorKind.RETRYABLE;
         }
-        if (error.code() == Status.Code.UNAVAILABLE || error.code() == Status.Code.RESOURCE_EXHAUSTED) {
-            return isAnswered; // before an answer gRPC has tried again already
+        if (error.code() == Status.Code.UNAVAILABLE) {
+            return isReached || hadHeaders; // before the headers gRPC has tried again already
+        }
+        if (error.code() == Status.Code.RESOURCE_EXHAUSTED) {
+            return isReached;
         }
         return kind != ErrorKind.REQUEST && kind != ErrorKind.DEADLINE;
     }

@@ -6,7 +6,8 @@ import java.util.Objects;
 /**
  * How far to go after a lost server. Waits double from the first to the longest, each times 0.5 to 1.5 at random.
  *
- * @param maxLosses servers lost in the middle of one generation; it bounds what a request that kills servers can do
+ * @param maxLosses servers lost in the middle of one generation, or between their headers and its first event; it
+ *     bounds what a request that kills servers can do
  * @param maxAttempts tries in a row to reach a server again, each of them with gRPC's own retries
  * @param firstBackoff the first wait
  * @param maxBackoff the longest wait

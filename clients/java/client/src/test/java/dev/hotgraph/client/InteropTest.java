@@ -87,7 +87,14 @@ class InteropTest {
 
     /** The daemons that tests/interop started. */
     private record Daemons(
-            String model, String unix, String tcp, String cut, Tls tls, Tls mutualTls, Handover handover) {}
+            String model,
+            String unix,
+            String tcp,
+            String cut,
+            String headersCut,
+            Tls tls,
+            Tls mutualTls,
+            Handover handover) {}
 
     private record Tls(
             String target, String token, String rootCertificates, String certificateChain, String privateKey) {}
@@ -656,6 +663,35 @@ class InteropTest {
             StreamLostException lost = assertThrows(StreamLostException.class, generation::result);
             assertTrue(lost.choices().get(0).getTokenIdsCount() > 0);
             assertTrue(lost.started().isPresent());
+        }
+        waitFree();
+    }
+
+    @Test
+    @Case("headers_cut")
+    void headersCut() throws InterruptedException {
+        CompleteResponse whole = result(client, seeded());
+        HotgraphClient cut = open(HotgraphClient.builder(daemons.headersCut()));
+        try (Generation generation = cut.generate(seeded().setRequestId("cut").build())) {
+            CompleteResponse answer = generation.result();
+            assertEquals("cut/resume-2", answer.getRequestId());
+            assertEquals(0, generation.numResumes());
+            assertEquals(ids(whole), ids(answer));
+        }
+        HotgraphClient other = open(HotgraphClient.builder(daemons.headersCut()));
+        var never = GenerateOptions.DEFAULT.withResume(Resume.NEVER);
+        try (Generation generation = other.generate(seeded().build(), never)) {
+            refusal(Code.UNAVAILABLE, NO_REASON, generation::result);
+        }
+        GenerateRequest drawn = GenerateRequest.newBuilder()
+                .setText("Once upon a time")
+                .setMaxTokens(4)
+                .setRequestId("drawn")
+                .build();
+        HotgraphClient third = open(HotgraphClient.builder(daemons.headersCut()));
+        var once = GenerateOptions.DEFAULT.withResumePolicy(ResumePolicy.DEFAULT.withMaxLosses(1));
+        try (Generation generation = third.generate(drawn, once)) {
+            assertEquals("drawn/resume-1", generation.result().getRequestId());
         }
         waitFree();
     }

@@ -122,7 +122,7 @@ class ProgressTest {
                 started(7),
                 event(tokens(0, 1, 2)),
                 event(tokens(1, 3).setFinish(stopped(1))));
-        Progress.Loss loss = progress.lose(bare(Code.UNAVAILABLE));
+        Progress.Loss loss = progress.lose(bare(Code.UNAVAILABLE), true);
         assertTrue(loss.waitNanos() > 0);
         assertNull(loss.event());
         GenerateRequest again = progress.open();
@@ -149,30 +149,53 @@ class ProgressTest {
     /** A loss is what no server said in its own words. */
     @Test
     void tellsLossesFromRefusals() {
-        assertFalse(Progress.isLoss(bare(Code.UNAVAILABLE), false), "refused before an answer");
-        assertTrue(Progress.isLoss(bare(Code.UNAVAILABLE), true), "lost after it");
-        assertTrue(Progress.isLoss(bare(Code.INTERNAL), false), "a proxy's mistake");
-        assertTrue(Progress.isLoss(bare(Code.CANCELLED), false), "cancelled by another");
-        assertFalse(Progress.isLoss(bare(Code.DEADLINE_EXCEEDED), true), "a deadline");
-        assertFalse(Progress.isLoss(bare(Code.INVALID_ARGUMENT), true), "a wrong request");
+        assertFalse(Progress.isLoss(bare(Code.UNAVAILABLE), false, false), "refused before an answer");
+        assertTrue(Progress.isLoss(bare(Code.UNAVAILABLE), false, true), "lost after the headers");
+        assertFalse(Progress.isLoss(bare(Code.RESOURCE_EXHAUSTED), false, true), "a limit after the headers");
+        assertTrue(Progress.isLoss(bare(Code.UNAVAILABLE), true, false), "lost after it");
+        assertTrue(Progress.isLoss(bare(Code.INTERNAL), false, false), "a proxy's mistake");
+        assertTrue(Progress.isLoss(bare(Code.CANCELLED), false, false), "cancelled by another");
+        assertFalse(Progress.isLoss(bare(Code.DEADLINE_EXCEEDED), true, true), "a deadline");
+        assertFalse(Progress.isLoss(bare(Code.INVALID_ARGUMENT), true, true), "a wrong request");
         HotgraphException draining = told(Code.UNAVAILABLE, "DRAINING", Duration.ZERO);
-        assertTrue(Progress.isLoss(draining, true), "draining after an answer");
-        assertFalse(Progress.isLoss(draining, false), "draining before");
+        assertTrue(Progress.isLoss(draining, true, false), "draining after an answer");
+        assertFalse(Progress.isLoss(draining, false, true), "draining before");
         HotgraphException mistake = told(Code.INTERNAL, "INTERNAL", Duration.ZERO);
-        assertFalse(Progress.isLoss(mistake, true), "the daemon's own mistake");
+        assertFalse(Progress.isLoss(mistake, true, true), "the daemon's own mistake");
+    }
+
+    /** When nothing came but headers the request goes out as it was, for as many servers as the policy allows. */
+    @Test
+    void goesOnAsItWasAfterHeadersAlone() {
+        GenerateRequest request = DRAWN.toBuilder().setRequestId("mine").build();
+        HotgraphException gone = bare(Code.UNAVAILABLE);
+        Progress progress = begun(request, Resume.REPEATABLE);
+        for (int i = 1; i <= ResumePolicy.DEFAULT.maxLosses(); i++) {
+            assertTrue(progress.lose(gone, true).waitNanos() > 0);
+            assertEquals(request.toBuilder().setRequestId("mine/resume-" + i).build(), progress.open());
+        }
+        assertSame(gone, assertThrows(HotgraphException.class, () -> progress.lose(gone, true)));
+        Progress never = begun(request, Resume.NEVER);
+        assertSame(gone, assertThrows(HotgraphException.class, () -> never.lose(gone, true)));
+        Progress again = begun(request, Resume.REPEATABLE);
+        again.lose(gone, true);
+        again.open();
+        assertTrue(again.lose(gone, false).waitNanos() > 0, "a server that was lost before is waited for");
     }
 
     /** Whether it goes on depends on the seed, on what it was told, and on whether a token came. */
     @Test
     void goesOnOnlyWhenTheAnswerStaysTheSame() {
         GenerateResponse token = event(tokens(0, 1));
-        assertNull(begun(DRAWN, Resume.ALWAYS, started(7), token).lose(null).event());
         assertNull(
-                begun(SEEDED, Resume.REPEATABLE, started(7), token).lose(null).event());
-        assertNull(begun(DRAWN, Resume.REPEATABLE, started(7)).lose(null).event());
+                begun(DRAWN, Resume.ALWAYS, started(7), token).lose(null, true).event());
+        assertNull(begun(SEEDED, Resume.REPEATABLE, started(7), token)
+                .lose(null, true)
+                .event());
+        assertNull(begun(DRAWN, Resume.REPEATABLE, started(7)).lose(null, true).event());
         for (Progress progress : List.of(
                 begun(DRAWN, Resume.REPEATABLE, started(7), token), begun(SEEDED, Resume.NEVER, started(7), token))) {
-            StreamLostException lost = assertThrows(StreamLostException.class, () -> progress.lose(null));
+            StreamLostException lost = assertThrows(StreamLostException.class, () -> progress.lose(null, true));
             assertEquals(Code.UNAVAILABLE, lost.code());
             assertEquals(List.of(1), lost.choices().get(0).getTokenIdsList());
             assertEquals("r", lost.requestId());
@@ -185,11 +208,11 @@ class ProgressTest {
     void lossesAreBounded() {
         Progress progress = begun(SEEDED, Resume.ALWAYS, started(7), event(tokens(0, 1)));
         for (int i = 0; i < ResumePolicy.DEFAULT.maxLosses(); i++) {
-            progress.lose(bare(Code.UNAVAILABLE));
+            progress.lose(bare(Code.UNAVAILABLE), true);
             progress.open();
             progress.receive(started(7));
         }
-        assertThrows(StreamLostException.class, () -> progress.lose(bare(Code.UNAVAILABLE)));
+        assertThrows(StreamLostException.class, () -> progress.lose(bare(Code.UNAVAILABLE), true));
     }
 
     /** No more tries in a row are made than the policy allows, after waits that grow to the longest. */
@@ -198,13 +221,13 @@ class ProgressTest {
         Progress progress = begun(SEEDED, Resume.ALWAYS, started(7), event(tokens(0, 1)));
         long lastNanos = 0;
         for (int i = 0; i < ResumePolicy.DEFAULT.maxAttempts(); i++) {
-            long waitNanos = progress.lose(bare(Code.UNAVAILABLE)).waitNanos();
+            long waitNanos = progress.lose(bare(Code.UNAVAILABLE), false).waitNanos();
             assertTrue(waitNanos >= lastNanos, waitNanos + " after " + lastNanos);
             assertTrue(waitNanos <= ResumePolicy.DEFAULT.maxBackoff().toNanos());
             lastNanos = waitNanos;
             progress.open();
         }
-        assertThrows(StreamLostException.class, () -> progress.lose(bare(Code.UNAVAILABLE)));
+        assertThrows(StreamLostException.class, () -> progress.lose(bare(Code.UNAVAILABLE), true));
     }
 
     /** It waits as long as the server says, and fails at once when that is after the deadline. */
@@ -213,10 +236,10 @@ class ProgressTest {
         HotgraphException draining = told(Code.UNAVAILABLE, "DRAINING", Duration.ofSeconds(9));
         GenerateResponse token = event(tokens(0, 1));
         Progress patient = begun(SEEDED, Resume.ALWAYS, started(7), token);
-        assertTrue(patient.lose(draining).waitNanos() >= TimeUnit.SECONDS.toNanos(9));
+        assertTrue(patient.lose(draining, true).waitNanos() >= TimeUnit.SECONDS.toNanos(9));
         OptionalLong deadlineNanos = OptionalLong.of(NOW_NANOS + TimeUnit.SECONDS.toNanos(5));
         Progress hurried = begun(SEEDED, Resume.ALWAYS, deadlineNanos, started(7), token);
-        assertSame(draining, assertThrows(HotgraphException.class, () -> hurried.lose(draining)));
+        assertSame(draining, assertThrows(HotgraphException.class, () -> hurried.lose(draining, true)));
         Progress late = new Progress(
                 SEEDED, Resume.ALWAYS, ResumePolicy.DEFAULT, OptionalLong.of(0), () -> NOW_NANOS, (low, high) -> low);
         assertEquals(
@@ -228,7 +251,7 @@ class ProgressTest {
     @Test
     void anotherSeedIsNotTheSameAnswer() {
         Progress progress = begun(SEEDED, Resume.ALWAYS, started(7), event(tokens(0, 1)));
-        progress.lose(null);
+        progress.lose(null, true);
         progress.open();
         assertThrows(StreamLostException.class, () -> progress.receive(started(8)));
         assertTrue(progress.isEnded());
@@ -239,7 +262,7 @@ class ProgressTest {
     void onlyFinishedWasLost() {
         Progress progress =
                 begun(SEEDED, Resume.NEVER, started(7), event(tokens(0, 1, 2).setFinish(stopped(0))));
-        Progress.Loss loss = progress.lose(bare(Code.UNAVAILABLE));
+        Progress.Loss loss = progress.lose(bare(Code.UNAVAILABLE), true);
         assertNotNull(loss.event());
         assertEquals(2, loss.event().getFinished().getUsage().getCompletionTokens());
         assertTrue(progress.isEnded());
@@ -250,7 +273,7 @@ class ProgressTest {
     void longRequestIdsStayValid() {
         String id = "i".repeat(Progress.MAX_REQUEST_ID_LENGTH);
         Progress progress = begun(SEEDED.toBuilder().setRequestId(id).build(), Resume.ALWAYS);
-        progress.lose(bare(Code.INTERNAL));
+        progress.lose(bare(Code.INTERNAL), true);
         String again = progress.open().getRequestId();
         assertEquals(Progress.MAX_REQUEST_ID_LENGTH, again.length());
         assertTrue(again.endsWith("/resume-1"), again);
