@@ -86,12 +86,13 @@ INTEROP_node := "node=clients/node/test.sh"
 INTEROP_rust := "rust=clients/rust/test.sh"
 INTEROP_java := "java=clients/java/test.sh"
 
-test-clients: $(VENV)/.dev protos ## the clients: Python's own tests, then all languages against real daemons
-	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
-	$(MAKE) test-interop
-
 CLIENTS ?= python cpp go java node rust
-test-interop: $(VENV)/.dev protos $(addprefix check-,$(filter-out python,$(CLIENTS))) ## all CLIENTS against real daemons with a real model
+CHECK_CLIENTS := $(addprefix check-,$(filter-out python,$(CLIENTS)))
+test-clients: $(VENV)/.dev protos $(CHECK_CLIENTS) ## the clients: Python's own tests, then all languages against real daemons
+	$(BIN)/python -m pytest tests/client $(TEST_ARGUMENTS)
+	$(INTEROP) $(foreach name,$(CLIENTS),$(INTEROP_$(name)))
+
+test-interop: $(VENV)/.dev protos $(CHECK_CLIENTS) ## all CLIENTS against real daemons with a real model
 	$(INTEROP) $(foreach name,$(CLIENTS),$(INTEROP_$(name)))
 
 test-client-python: $(VENV)/.dev protos ## the Python client alone
