@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]  # it comes without types
 import triton.language as tl  # type: ignore[import-untyped]  # as above
 
-from hotgraph_server.kernels.attention_parts import finite, slots, store, to_scores
+from hotgraph_server.kernels.attention_parts import finite, slots, store, to_scores, wait
 
 _ROWS_AT_ONCE = tl.constexpr(64)  # rows looked at together when a tile looks for its row
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -26,13 +26,6 @@ VARIABLE = ["max_shares", "num_rows", "num_tokens", "table_stride", "window"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton comes without types; so below
-def _wait() -> None:
-    """Returns when the kernel before has ended, and so have all before that; the one behind may start from here on."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _merged(
     maximum: tl.tensor,
     total: tl.tensor,
@@ -125,7 +118,7 @@ def invariant_kernel(
     query_end = tl.load(query_starts + row + 1, mask=is_real, other=0)
     context_len = tl.load(context_lens + row, mask=is_real, other=0)
     if PDL:
-        _wait()
+        wait()
     query_end = tl.where(is_real, query_end, num_tokens)
     first_token = query_start + (tile - query_start // tile_tokens - row) * tile_tokens
     if first_token >= query_end:

@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention share: scores and their weights, places in the cache, and the loop over keys.
+"""What the Triton kernels of attention share: scores and their weights, places in the cache, the loop over keys, the wait.
 
 Names: R rows, T tokens; a group is the query heads that share a KV head, of which a program serves `block_heads`; a padded
 size is a power of two. What is marked tl.constexpr follows from the model and from tables of the launch, never from a step.
@@ -27,6 +27,13 @@ VARIABLE = [
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton comes without types; so below
+def wait() -> None:
+    """Returns when the kernel before has ended, and so have all before that; the one behind may start from here on."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def to_scores(products: tl.tensor, scaling: tl.tensor, softcap: tl.tensor) -> tl.tensor:
     """Scores to base 2: weights are 2**score. tanh is made of the exponential, which may overflow to the right result."""
     if softcap is not None:
