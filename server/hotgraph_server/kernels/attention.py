@@ -6,14 +6,12 @@ It knows block tables and lengths, not requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from hotgraph_server.kernels.attention_reference import HostRows, reference_attention
-
-if TYPE_CHECKING:
-    from hotgraph_server.kernels.attention_triton import DeviceRows
+from hotgraph_server.kernels.attention_rows import DeviceRows
 
 
 class Step(Protocol):
@@ -56,9 +54,6 @@ class AttentionPlan:
         self._host_rows: HostRows | None = None
         self._device_rows: DeviceRows | None = None
         if block_tables.is_cuda:
-            # Torch for the CPU alone comes without Triton.
-            from hotgraph_server.kernels.attention_triton import DeviceRows
-
             self._device_rows = DeviceRows(
                 block_tables=block_tables,
                 context_lens=context_lens,
@@ -142,6 +137,7 @@ def paged_attention(
             query, keys, values, plan.host_rows, scaling=scaling, window=window, softcap=softcap, sinks=sinks
         )
         return result if out is None else out.copy_(result)
+    # Torch for the CPU alone comes without Triton.
     from hotgraph_server.kernels.attention_triton import triton_attention
 
     if out is None:

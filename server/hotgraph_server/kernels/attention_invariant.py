@@ -99,7 +99,7 @@ def invariant_kernel(
     """Tiles of tile_tokens tokens with block_heads query heads, grid (T // tile_tokens + R + 1, KV heads * head_blocks, parts).
 
     Tiles are numbered as in `tile_kernel`. Of a row of one token the parts have a stretch of the shares each; of other tiles
-    the first part does everything. `sums`, `maxima`, `totals`: as in `attention_triton.Scratch`, of max_shares shares, not
+    the first part does everything. `sums`, `maxima`, `totals`: as in `attention_rows.Scratch`, of max_shares shares, not
     touched where there is one part.
     """
     tile = tl.program_id(0)

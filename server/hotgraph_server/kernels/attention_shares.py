@@ -1,6 +1,6 @@
 """Decode: how each row's keys are split in shares, worked out on the device, which alone knows lengths. It reads no key.
 
-How many shares there may be, `attention_triton.Splits` says, for the whole step.
+How many shares there may be, `attention_cuts.Splits` says, for the whole step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = tl.constexpr(64)  # rows looked at together when a share is look
 def shares(
     num_seen: tl.tensor, even_bits: tl.tensor, split_bits: tl.tensor, least_share: tl.tensor, most_share: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Keys of a share, and shares that have any, of rows that see so many: see `attention_triton.Splits`."""
+    """Keys of a share, and shares that have any, of rows that see so many: see `attention_cuts.Splits`."""
     even = ((num_seen + (1 << even_bits) - 1) >> even_bits) + _SHARE_UNIT - 1
     fewest = ((num_seen + (1 << split_bits) - 1) >> split_bits) + _SHARE_UNIT - 1
     keys = tl.maximum(tl.minimum(tl.maximum(even, least_share), most_share), fewest)

@@ -13,8 +13,10 @@ import torch
 import triton.language as tl  # type: ignore[import-untyped]  # it comes without types
 from triton.runtime import interpreter  # type: ignore[import-untyped]  # as above
 
-from hotgraph_server.kernels import attention_triton
-from hotgraph_server.kernels.attention_triton import Cut, DeviceRows, launches, triton_attention
+from hotgraph_server.kernels import attention_cuts, attention_triton
+from hotgraph_server.kernels.attention_cuts import Cut
+from hotgraph_server.kernels.attention_rows import DeviceRows
+from hotgraph_server.kernels.attention_triton import launches, triton_attention
 from tests.server.kernels.naive_attention import Case, Problem, make_problem, naive_attention
 
 CASES: dict[str, Case] = {
@@ -107,13 +109,13 @@ def rows_of(problem: Problem) -> DeviceRows:
 
 def split_long_rows(monkeypatch: pytest.MonkeyPatch, most_share: int = 32) -> None:
     """From now on shares are short, and one program of each row and head takes those that have none of their own."""
-    cut = attention_triton._cut
+    cut = attention_cuts.decode_cut
 
     def of_short_shares(*arguments: Any) -> Cut:
         return replace(cut(*arguments), least_share=16)
 
-    monkeypatch.setattr(attention_triton, "_cut", of_short_shares)
-    monkeypatch.setattr(attention_triton, "LONG_SHARE", most_share)
+    monkeypatch.setattr(attention_triton, "decode_cut", of_short_shares)
+    monkeypatch.setattr(attention_cuts, "LONG_SHARE", most_share)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,7 +124,7 @@ def test_it_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     case = CASES[name]
     if "not split" in name or "long rows" in name:
         # A grid that is full by itself would take minutes here.
-        monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
+        monkeypatch.setattr(attention_cuts, "MULTIPROCESSORS", 0)
     if "long rows" in name:
         split_long_rows(monkeypatch)
     problem = make_problem(case, seed=list(CASES).index(name))
@@ -195,9 +197,9 @@ def test_before_its_wait_it_needs_nothing_of_this_step(
         "mixed": Case([1, 1, 5, 9], [40, 16, 20, 9], num_heads=2, num_kv_heads=2),
     }[name]
     if is_full:
-        monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
-        monkeypatch.setattr(attention_triton, "FULL_GRID", 1)
-        monkeypatch.setattr(attention_triton, "FEW_GROUPS", 0)
+        monkeypatch.setattr(attention_cuts, "MULTIPROCESSORS", 0)
+        monkeypatch.setattr(attention_cuts, "FULL_GRID", 1)
+        monkeypatch.setattr(attention_cuts, "FEW_GROUPS", 0)
         split_long_rows(monkeypatch, 64)
     problem = make_problem(replace(case, num_padding_tokens=case.num_padding_rows), seed=1)
     out = torch.full_like(problem.query, torch.nan)
@@ -273,7 +275,7 @@ def own_places(problem: Problem) -> torch.Tensor:
 @pytest.mark.parametrize("group", [1, 3])
 def test_a_row_is_the_same_whatever_stands_beside_it(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a full grid, split only where it is long, a row gives the same bits beside long rows and short ones."""
-    monkeypatch.setattr(attention_triton, "MULTIPROCESSORS", 0)
+    monkeypatch.setattr(attention_cuts, "MULTIPROCESSORS", 0)
     split_long_rows(monkeypatch)
     case = Case([1, 1], [90, 20], num_heads=group, num_kv_heads=1)
     problem = make_problem(case, seed=1, max_blocks=16)

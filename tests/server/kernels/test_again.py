@@ -12,8 +12,9 @@ from hotgraph_server.kernels import again
 from hotgraph_server.kernels.activation import _gated_activation_kernel as activation_kernel
 from hotgraph_server.kernels.activation import gated_activation_triton
 from hotgraph_server.kernels.attention_decode import decode_kernel
+from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_tiles import tile_kernel
-from hotgraph_server.kernels.attention_triton import DeviceRows, triton_attention
+from hotgraph_server.kernels.attention_triton import triton_attention
 from hotgraph_server.kernels.few_rows import few_rows_linear_triton, few_rows_qkv_triton, normed_triton
 from hotgraph_server.kernels.few_rows_kernels import dots_kernel, norm_kernel, sums_kernel
 from hotgraph_server.kernels.norm import _rms_norm_kernel as rms_norm_kernel

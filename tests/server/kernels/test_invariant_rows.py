@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hotgraph_server.kernels.attention_triton import MULTIPROCESSORS, DeviceRows, invariant_parts, triton_attention
+from hotgraph_server.kernels.attention_rows import DeviceRows
+from hotgraph_server.kernels.attention_triton import triton_attention
 from hotgraph_server.kernels.few_rows import few_rows_reference
 from hotgraph_server.kernels.invariant_rows import (
     ROOMS,
@@ -220,20 +221,6 @@ def test_attention_is_one_kernel_for_all_steps(
     assert re.search(r"\bSTG", after)
     # In both places that add shares up the product and the sum are one operation, by request.
     assert "fma.rn.f32" in ptx
-
-
-def test_parts_of_a_row() -> None:
-    """As many programs as run at a time, no more than shares, none that a lone prompt cannot use, and scratch within bounds."""
-    for num_rows in range(1, 65):
-        for num_programs in (1, 8, 32):
-            parts = invariant_parts(num_rows, num_rows, num_programs, 64, share_bytes=16640)
-            assert parts == 1 or parts * num_rows * num_programs <= 2 * MULTIPROCESSORS
-            assert parts <= 64
-            assert parts.bit_count() == 1
-    assert invariant_parts(1, 1, 32, 64, share_bytes=16640) == 8
-    assert invariant_parts(1, 300, 32, 64, share_bytes=16640) == 1
-    assert invariant_parts(1, 1, 32, 2, share_bytes=16640) == 2
-    assert invariant_parts(4, 4, 8, 2048, share_bytes=16640) == 1
 
 
 def test_sums_of_rows_compile(monkeypatch: pytest.MonkeyPatch) -> None:
