@@ -17,7 +17,9 @@ from graphcache.backends.cuda_runtime import CudaRuntime
 from hotgraph_server.kernels.attention_decode import decode_kernel
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 from hotgraph_server.kernels.few_rows import has_pdl
-from hotgraph_server.kernels.few_rows_kernels import dots_kernel, norm_kernel, sums_kernel
+from hotgraph_server.kernels.few_rows_dots import dots_kernel
+from hotgraph_server.kernels.few_rows_norm import norm_kernel
+from hotgraph_server.kernels.few_rows_sums import sums_kernel
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.few_rows_layers import MAX_TOKENS
 from hotgraph_server.models.interface import Arena

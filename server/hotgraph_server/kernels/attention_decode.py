@@ -4,7 +4,7 @@ Each row's keys are split in shares (`attention_shares.py`), and the last progra
 the order of the shares. Lengths are known to the device alone, so the grid has a few programs for each row, and some for
 whatever shares long rows have beyond these. In a step with longer rows it passes over them. Names as in `attention_parts.py`.
 
-With `PDL` it is a link of a chain, as the kernels of `few_rows_kernels.py` are, and may start while the kernel before, which
+With `PDL` it is a link of a chain, as `few_rows_parts.py` says, and may start while the kernel before, which
 makes this layer's queries, keys and values, still runs. What is older is complete by then if that one lets it start only after
 its own wait, or ends without letting anything start: then all before it have ended. So before its wait a program reads lengths,
 tables, and keys and values of earlier steps, which is all but the position of the row's own token; it does not read queries,

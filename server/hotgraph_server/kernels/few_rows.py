@@ -5,7 +5,8 @@ the sum with the residual behind it are done in the kernel of the product, and n
 [out, in] in rows, as `models/weights.py` keeps it.
 
 On the CPU this is plain torch, which is the reference; on a GPU (NVIDIA, compute capability 9.0 for programmatic dependent
-launch) `few_rows_kernels.py` does the same in one kernel, or two: for more than two rows the norm has one of its own.
+launch) one kernel does the same for one or two rows, `few_rows_sums.py`, and another for more, `few_rows_dots.py`, for which
+the norm has a kernel of its own, `few_rows_norm.py`.
 
 Sources: programmatic dependent launch, CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; gated
 units and the norm: see `activation.py` and `norm.py`.
@@ -336,7 +337,7 @@ def normed_triton(
 ) -> torch.Tensor:
     """`norm.rms_norm` as a link of a chain, in `out` or new: what products that do not norm themselves are given."""
     # Torch for the CPU alone comes without Triton; so below.
-    from hotgraph_server.kernels.few_rows_kernels import norm_kernel
+    from hotgraph_server.kernels.few_rows_norm import norm_kernel
 
     out = torch.empty_like(x) if out is None else out
     assert x.is_contiguous(), "x is contiguous"
@@ -380,7 +381,8 @@ def _launch(
     key = ("few", x.shape, weight.shape, tuning, product.pdl, product.epsilon, *epilogue.values())
     if launched_again(key, tensors):
         return
-    from hotgraph_server.kernels.few_rows_kernels import dots_kernel, sums_kernel
+    from hotgraph_server.kernels.few_rows_dots import dots_kernel
+    from hotgraph_server.kernels.few_rows_sums import sums_kernel
 
     num_rows, num_inputs = x.shape
     assert 1 <= num_rows <= MAX_ROWS, "few rows"

@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[i
     warpgroup_mma_wait,
 )
 
-from hotgraph_server.kernels.few_rows_kernels import _active as active_of_triton
+from hotgraph_server.kernels.few_rows_parts import active as active_of_triton
 
 COLUMNS = ttgl.constexpr(64)
 """Of a tile: 128 bytes, the widest stretch that the copy engine spreads over the banks of shared memory."""

@@ -16,7 +16,9 @@ from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 from hotgraph_server.kernels.attention_triton import triton_attention
 from hotgraph_server.kernels.few_rows import few_rows_linear_triton, few_rows_qkv_triton, normed_triton
-from hotgraph_server.kernels.few_rows_kernels import dots_kernel, norm_kernel, sums_kernel
+from hotgraph_server.kernels.few_rows_dots import dots_kernel
+from hotgraph_server.kernels.few_rows_norm import norm_kernel
+from hotgraph_server.kernels.few_rows_sums import sums_kernel
 from hotgraph_server.kernels.norm import _rms_norm_kernel as rms_norm_kernel
 from hotgraph_server.kernels.norm import add_rms_norm_triton
 from hotgraph_server.kernels.prepare import StepSource, prepare_step_triton
