@@ -24,7 +24,7 @@ import torch
 from hotgraph_server.kernels.attention_cuts import LONG_SHARE
 from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_triton import Launch, launches
-from hotgraph_server.kernels.few_rows import few_rows_linear_triton, few_rows_qkv_triton
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.rope import RopePlan
 
 HEADS = ((32, 32), (32, 8))

@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.gpu.models import make_loaded
 from hotgraph_server.kernels.invariant_rows import order_of, padded_rows, room_for, sum_order, tuned
-from hotgraph_server.kernels.tile_rows import SplitRoom, TileTuning, tile_rows_linear_triton
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning
+from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton
 from hotgraph_server.models.interface import KvTensors, Model, StepTensors
 from tests.gpu.tile_rows_times import LAYER, NUM_LAUNCHES, Projection, graph_microseconds
 

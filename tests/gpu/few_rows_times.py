@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from hotgraph_server.kernels.activation import gated_activation
-from hotgraph_server.kernels.few_rows import Tuning, few_rows_linear_triton, few_rows_qkv_triton, row_class
+from hotgraph_server.kernels.few_rows_cuts import Tuning, row_class
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv

@@ -17,7 +17,8 @@ from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_q
 from hotgraph_server.kernels.logprobs import token_logprobs
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.row_sums import row_cumsum, row_logsumexp
-from hotgraph_server.kernels.tile_rows import SplitRoom, runs_on
+from hotgraph_server.kernels.tile_rows import runs_on
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.request import FinishedEvent, Request, SamplingParams, StopParams, TokenLogprobs, TokensEvent
 from tests.gpu.serving import Service, service

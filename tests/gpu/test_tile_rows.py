@@ -10,16 +10,9 @@ import torch
 
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
-from hotgraph_server.kernels.tile_rows import (
-    SplitRoom,
-    TileTuning,
-    runs_on,
-    suits,
-    tile_rows_linear,
-    tile_rows_linear_triton,
-    tile_rows_qkv,
-    tile_rows_qkv_triton,
-)
+from hotgraph_server.kernels.tile_rows import runs_on, tile_rows_linear, tile_rows_qkv
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning
+from hotgraph_server.kernels.tile_rows_triton import suits, tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.gpu.tile_rows_times import measure
 from tests.server.kernels.few_rows_checks import DTYPES, EPSILON, Product, assert_near, draw, exact
 

@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaConfig
 
 from graphcache import SystemClock
-from hotgraph_server.kernels.few_rows import ROW_CLASSES, DotTuning, few_rows_linear_triton, has_pdl
+from hotgraph_server.kernels.few_rows import has_pdl
+from hotgraph_server.kernels.few_rows_cuts import ROW_CLASSES, DotTuning
 from hotgraph_server.kernels.few_rows_dots import dots_kernel
 from hotgraph_server.kernels.few_rows_sums import sums_kernel
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton
 from hotgraph_server.kernels.tuner import Tuned, candidates, tune_chain
 from hotgraph_server.kernels.tuner_gpu import GpuBench
 from hotgraph_server.kernels.tuning import (

@@ -24,14 +24,8 @@ from hotgraph_server.kernels.activation import gated_activation
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
-from hotgraph_server.kernels.tile_rows import (
-    SplitRoom,
-    TileTuning,
-    room_for,
-    tile_rows_linear_triton,
-    tile_rows_qkv_triton,
-    tuned,
-)
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning, room_for, tuned
+from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 
 ROWS = (16, 32, 64)
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000

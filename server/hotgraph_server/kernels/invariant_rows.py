@@ -19,27 +19,20 @@ import torch
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.rope import RopePlan
-from hotgraph_server.kernels.tile_rows import (
-    MAX_ROWS,
-    SplitRoom,
-    TileTuning,
-    tile_rows_linear_triton,
-    tile_rows_qkv_triton,
-)
+from hotgraph_server.kernels.tile_rows_cuts import COLUMNS, MAX_ROWS, SHARED_BYTES, SplitRoom, TileTuning
+from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 
 ROOMS = (8, 16, 32, 64, 128, 256)
 """Tokens that a program may have room for; of more than the last, blocks have programs of their own."""
 
 MAX_SPLITS = 2
 
-_COLUMNS = 64
 _MIN_SPLIT_INPUTS = 2048  # below, the stretches of a split sum are too short to fill a ring
 _MIN_SPLIT_ROWS = (
     2880  # of a weight, from which on two programs for each 64 of them are nearly one for each multiprocessor
 )
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _FEW_PROGRAMS = 90  # from which on most of these have one
-_SHARED_BYTES = 232_448  # of a multiprocessor, what one program can have
 _MAX_STAGES = 8
 
 
@@ -59,7 +52,7 @@ def sum_order(num_weight_rows: int, num_inputs: int, *, is_normed: bool) -> SumO
     """
     if is_normed or num_inputs < _MIN_SPLIT_INPUTS or num_weight_rows < _MIN_SPLIT_ROWS:
         return SumOrder(1, num_inputs)
-    unit = 2 * _COLUMNS
+    unit = 2 * COLUMNS
     return SumOrder(MAX_SPLITS, -(-num_inputs // (MAX_SPLITS * unit)) * unit)
 
 
@@ -137,9 +130,9 @@ def _tuned(
     ):
         tuning = replace(tuning, block_rows=tuning.block_rows // 2, num_warps=4, triggers_late=True)
     stage_bytes = replace(tuning, num_stages=1).shared_bytes(room)
-    num_stages = min(tuning.num_stages, _num_steps(tuning, num_inputs), (_SHARED_BYTES - 1024) // stage_bytes)
+    num_stages = min(tuning.num_stages, _num_steps(tuning, num_inputs), (SHARED_BYTES - 1024) // stage_bytes)
     num_programs = -(-num_weight_rows // tuning.block_rows) * tuning.splits * (2 if has_blocks else 1)
-    num_for_two = (_SHARED_BYTES // 2 - 1024) // stage_bytes
+    num_for_two = (SHARED_BYTES // 2 - 1024) // stage_bytes
     if num_programs > _MULTIPROCESSORS and num_for_two >= 3 and not (is_normed and room <= MAX_ROWS):
         # A ring that fills a multiprocessor is best where each has one program. Of more than that, two have to fit.
         num_stages = min(num_stages, num_for_two)
@@ -149,7 +142,7 @@ def _tuned(
 
 
 def _num_steps(tuning: TileTuning, num_inputs: int) -> int:
-    return -(-tuning.stretch(num_inputs) // (_COLUMNS * tuning.parts))
+    return -(-tuning.stretch(num_inputs) // (COLUMNS * tuning.parts))
 
 
 def invariant_linear(

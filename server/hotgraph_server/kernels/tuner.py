@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
-from hotgraph_server.kernels.few_rows import MAX_SUM_ROWS, DotTuning, SumTuning, Tuning
+from hotgraph_server.kernels.few_rows_cuts import MAX_SUM_ROWS, DotTuning, SumTuning, Tuning
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.tuning import ChainShape, ProductShape, TuningTable, fault, table_of
 

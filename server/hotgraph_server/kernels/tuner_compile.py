@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hotgraph_server.kernels.few_rows import Tuning
+from hotgraph_server.kernels.few_rows_cuts import Tuning
 from hotgraph_server.kernels.tuner import Choices, Report
 from hotgraph_server.kernels.tuning import ChainShape
 

@@ -15,13 +15,9 @@ from typing import Any
 
 import torch
 
-from hotgraph_server.kernels.few_rows import (
-    Tuning,
-    few_rows_linear_triton,
-    few_rows_qkv_reference,
-    few_rows_qkv_triton,
-    few_rows_reference,
-)
+from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
+from hotgraph_server.kernels.few_rows_cuts import Tuning
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.tuner import Choices, Report
 from hotgraph_server.kernels.tuner_compile import CompilePool

@@ -22,14 +22,14 @@ import platformdirs
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hotgraph_server.kernels.few_rows import (
+from hotgraph_server.kernels.few_rows import has_pdl
+from hotgraph_server.kernels.few_rows_cuts import (
     MAX_ROWS,
     MAX_SUM_ROWS,
     ROW_CLASSES,
     DotTuning,
     SumTuning,
     Tuning,
-    has_pdl,
     row_class,
     tuned,
 )

@@ -8,7 +8,8 @@ import torch
 
 from hotgraph_server.kernels.invariant_rows import MAX_SPLITS as INVARIANT_SPLITS
 from hotgraph_server.kernels.invariant_rows import padded_rows
-from hotgraph_server.kernels.tile_rows import MAX_ROWS, MAX_SPLITS, SplitRoom, runs_on
+from hotgraph_server.kernels.tile_rows import runs_on
+from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS, MAX_SPLITS, SplitRoom
 from hotgraph_server.models.shape import DecoderShape
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_qkv
-from hotgraph_server.kernels.tile_rows import runs_on, suits
+from hotgraph_server.kernels.tile_rows import runs_on
+from hotgraph_server.kernels.tile_rows_triton import suits
 from hotgraph_server.models.layers import Layers
 from hotgraph_server.models.tile_rows_layers import TileRowsLayers
 from hotgraph_server.models.weights import DenseLinear

@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 
-from hotgraph_server.kernels.tile_rows import (
-    MAX_ROWS,
-    can_fuse_rope,
-    runs_on,
-    suits,
-    tile_rows_linear,
-    tile_rows_qkv,
-)
+from hotgraph_server.kernels.tile_rows import can_fuse_rope, runs_on, tile_rows_linear, tile_rows_qkv
+from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS
+from hotgraph_server.kernels.tile_rows_triton import suits
 from hotgraph_server.models.arena import Activations
 from hotgraph_server.models.layers import LayerInputs, Layers
 from hotgraph_server.models.weights import DenseLinear, Linear

@@ -16,7 +16,7 @@ from graphcache import Clock, SystemClock
 from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import NotPossibleError
 from hotgraph_server.kernels import tile_rows
-from hotgraph_server.kernels.few_rows import MAX_ROWS, row_class
+from hotgraph_server.kernels.few_rows_cuts import MAX_ROWS, row_class
 from hotgraph_server.kernels.tuner import Bench, Report, Tuned, tune_chain
 from hotgraph_server.kernels.tuner_gpu import GpuBench
 from hotgraph_server.kernels.tuning import ChainShape, Machine, cache_folder, store_table

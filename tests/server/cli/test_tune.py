@@ -11,7 +11,7 @@ from graphcache import FakeClock
 from hotgraph_server.cli import tune as command
 from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import ModelLoadError, NotPossibleError
-from hotgraph_server.kernels.few_rows import ROW_CLASSES, Tuning
+from hotgraph_server.kernels.few_rows_cuts import ROW_CLASSES, Tuning
 from hotgraph_server.kernels.tuner import tune_chain
 from hotgraph_server.kernels.tuning import Machine
 from hotgraph_server.models import tune as tuning

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 
 from graphcache import FakeClock
-from hotgraph_server.kernels.few_rows import Tuning
+from hotgraph_server.kernels.few_rows_cuts import Tuning
 from hotgraph_server.kernels.tuner import Choices, Report
 from hotgraph_server.kernels.tuning import ChainShape
 

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from hotgraph_server.kernels.activation import ACTIVATIONS
-from hotgraph_server.kernels.few_rows import (
-    DotTuning,
-    SumTuning,
-    few_rows_linear_triton,
-    few_rows_qkv_reference,
-    few_rows_qkv_triton,
-    few_rows_reference,
-)
+from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
+from hotgraph_server.kernels.few_rows_cuts import DotTuning, SumTuning
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Products for few rows in Triton's interpreter, on the CPU. `test_few_rows.py` runs this file in a process of its own."""
+"""Products for few rows in Triton's interpreter, on the CPU. `test_few_rows_triton.py` runs it in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import triton.language as tl  # type: ignore[import-untyped]  # it comes without types
 from triton.runtime import interpreter  # type: ignore[import-untyped]  # as above
 
-from hotgraph_server.kernels.few_rows import DotTuning, SumTuning, few_rows_linear_triton, few_rows_qkv_triton
+from hotgraph_server.kernels.few_rows_cuts import DotTuning, SumTuning
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.models import few_rows_layers
 from tests.server.kernels.few_rows_checks import DTYPES, Product, check_product, check_qkv, check_rows_alone
 from tests.server.models import test_few_rows_layers

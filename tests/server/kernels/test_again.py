@@ -15,10 +15,10 @@ from hotgraph_server.kernels.attention_decode import decode_kernel
 from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 from hotgraph_server.kernels.attention_triton import triton_attention
-from hotgraph_server.kernels.few_rows import few_rows_linear_triton, few_rows_qkv_triton, normed_triton
 from hotgraph_server.kernels.few_rows_dots import dots_kernel
 from hotgraph_server.kernels.few_rows_norm import norm_kernel
 from hotgraph_server.kernels.few_rows_sums import sums_kernel
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton, normed_triton
 from hotgraph_server.kernels.norm import _rms_norm_kernel as rms_norm_kernel
 from hotgraph_server.kernels.norm import add_rms_norm_triton
 from hotgraph_server.kernels.prepare import StepSource, prepare_step_triton
@@ -32,8 +32,9 @@ from hotgraph_server.kernels.rope_kv import rope_and_write_kv_triton
 from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling, sample_plain_triton
 from hotgraph_server.kernels.sample_triton import _blocks_kernel as blocks_kernel
 from hotgraph_server.kernels.sample_triton import _finish_kernel as finish_kernel
-from hotgraph_server.kernels.tile_rows import SplitRoom, tile_rows_linear_triton, tile_rows_qkv_triton
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.kernels.tile_rows_kernels import tiles_kernel
+from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.server.kernels.recording_driver import STREAM, RecordingDriver, recording
 
 HIDDEN, HEADS, HEAD_DIM, BLOCK_SIZE, VOCABULARY = 256, 2, 64, 16, 2048

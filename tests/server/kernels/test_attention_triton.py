@@ -12,7 +12,7 @@ import torch
 from hotgraph_server.kernels.attention_cuts import FULL_GRID
 from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_triton import launches, triton_attention
-from hotgraph_server.kernels.few_rows import tuned
+from hotgraph_server.kernels.few_rows_cuts import tuned
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.interpreter import run_interpreted
 

@@ -24,11 +24,12 @@ from hotgraph_server.kernels.invariant_rows import (
 )
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.row_sums import row_cumsum_triton, row_logsumexp_triton
-from hotgraph_server.kernels.tile_rows import SplitRoom, tile_rows_linear_triton, tile_rows_qkv_triton
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
+from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.few_rows_checks import Product, draw
 from tests.server.kernels.interpreter import run_interpreted
-from tests.server.kernels.test_tile_rows import LAYER, SHARED_BYTES_OF_A_MULTIPROCESSOR, assert_ring
+from tests.server.kernels.test_tile_rows_triton import LAYER, SHARED_BYTES_OF_A_MULTIPROCESSOR, assert_ring
 
 CPU = torch.device("cpu")
 ROW_COUNTS = (*range(1, 66), 100, 127, 128, 129, 200, 256, 257, 300, 384, 385, 512, 513, 1000, 1024)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from graphcache import FakeClock
-from hotgraph_server.kernels.few_rows import ROW_CLASSES, SumTuning, Tuning
+from hotgraph_server.kernels.few_rows_cuts import ROW_CLASSES, SumTuning, Tuning
 from hotgraph_server.kernels.tuner import MARGIN, Tuned, candidates, tune_chain
 from hotgraph_server.kernels.tuning import fault
 from tests.server.kernels.chains import CHAINS, LLAMA_7B, QWEN_LIKE, SMOLLM2

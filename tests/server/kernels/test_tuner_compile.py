@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from hotgraph_server.kernels.few_rows import Tuning
+from hotgraph_server.kernels.few_rows_cuts import Tuning
 from hotgraph_server.kernels.tuner_compile import CompilePool, Target
 from tests.server.kernels.chains import TINY
 

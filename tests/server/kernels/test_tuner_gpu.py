@@ -14,7 +14,8 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]  # it comes without types
 
 from hotgraph_server.kernels import few_rows, tuner_gpu
-from hotgraph_server.kernels.few_rows import ROW_CLASSES, few_rows_linear_triton, few_rows_qkv_triton
+from hotgraph_server.kernels.few_rows_cuts import ROW_CLASSES
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.tuner_gpu import Chain, GpuBench
 from hotgraph_server.models import few_rows_layers, layers
 from hotgraph_server.models.decoder import Decoder

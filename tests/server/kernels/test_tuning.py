@@ -15,15 +15,8 @@ import pytest
 import torch
 
 from hotgraph_server.kernels import tuning
-from hotgraph_server.kernels.few_rows import (
-    MAX_ROWS,
-    ROW_CLASSES,
-    DotTuning,
-    SumTuning,
-    Tuning,
-    few_rows_linear_triton,
-    row_class,
-)
+from hotgraph_server.kernels.few_rows_cuts import MAX_ROWS, ROW_CLASSES, DotTuning, SumTuning, Tuning, row_class
+from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton
 from hotgraph_server.kernels.tuning import (
     NO_TUNINGS,
     SHIPPED_FOLDER,

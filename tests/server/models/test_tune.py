@@ -15,7 +15,7 @@ from graphcache import FakeClock
 from hotgraph_server.config import ModelSettings
 from hotgraph_server.errors import ModelLoadError, NotPossibleError
 from hotgraph_server.kernels import tile_rows, tuning
-from hotgraph_server.kernels.few_rows import SumTuning, Tuning
+from hotgraph_server.kernels.few_rows_cuts import SumTuning, Tuning
 from hotgraph_server.kernels.tuning import ChainShape, Machine, read_table, table_of, write_table
 from hotgraph_server.models import few_rows_layers, tune
 from hotgraph_server.models.decoder import Decoder
