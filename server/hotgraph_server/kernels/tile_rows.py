@@ -5,7 +5,7 @@ loads in flight: here both come into shared memory by the copy engine of Hopper'
 them there. The gated activation, rope with the write to the cache, and the sum with the residual are done in the kernel of the
 product; the norm before it has a small kernel of its own. A weight is [out, in] in rows, as `models/weights.py` keeps it.
 
-The definition is that of `few_rows.py`, and on the CPU it is what runs. The kernel, in `tile_rows_kernels.py`, runs on NVIDIA's
+The definition is that of `few_rows.py`, and on the CPU it is what runs. The kernel, in `tile_rows_kernel.py`, runs on NVIDIA's
 GPUs of compute capability 9 alone, see `runs_on`, and takes weights that `tile_rows_triton.suits` says.
 
 Sums may be split among programs, which then need room to meet: see `tile_rows_cuts.SplitRoom`.

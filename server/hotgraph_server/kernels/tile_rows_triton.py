@@ -184,7 +184,7 @@ def _launch(
     from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]  # without types
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # type: ignore[import-untyped]  # as above
 
-    from hotgraph_server.kernels.tile_rows_kernels import tiles_kernel
+    from hotgraph_server.kernels.tile_rows_kernel import tiles_kernel
 
     num_rows, num_inputs = x.shape
     is_paired = epilogue["DISTANCE"] != 0

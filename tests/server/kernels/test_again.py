@@ -33,7 +33,7 @@ from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling, s
 from hotgraph_server.kernels.sample_triton import _blocks_kernel as blocks_kernel
 from hotgraph_server.kernels.sample_triton import _finish_kernel as finish_kernel
 from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
-from hotgraph_server.kernels.tile_rows_kernels import tiles_kernel
+from hotgraph_server.kernels.tile_rows_kernel import tiles_kernel
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.server.kernels.recording_driver import STREAM, RecordingDriver, recording
 
