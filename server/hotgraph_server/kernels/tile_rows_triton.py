@@ -5,11 +5,10 @@ What it gives is defined in `few_rows.py`. It is imported where there is no Trit
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
 from hotgraph_server.kernels.again import launch_as, launched_again
+from hotgraph_server.kernels.epilogue import PDL_OPTIONS, Epilogue, heads_epilogue, linear_epilogue, num_outputs_of
 from hotgraph_server.kernels.few_rows_triton import normed_triton
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.tile_rows_cuts import (
@@ -22,8 +21,6 @@ from hotgraph_server.kernels.tile_rows_cuts import (
     room_for,
     tuned,
 )
-
-_PDL: dict[bool, dict[str, bool]] = {False: {}, True: {"launch_pdl": True}}  # said by name only where it is wanted
 
 
 def suits(weight: torch.Tensor) -> bool:
@@ -56,35 +53,14 @@ def tile_rows_linear_triton(
 
     room: tokens that a program has room for, a power of two from 8 to 256; x has more rows only if it is more than 64.
     """
-    num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
+    epilogue = linear_epilogue(weight, activation, residual)
     if out is None:
-        out = x.new_empty(len(x), num_outputs)
+        out = x.new_empty(len(x), num_outputs_of(weight, activation))
     if tuning is None:
         tuning = tuned(
             len(x), *weight.shape, is_gated=activation is not None, is_normed=norm is not None, split_room=split_room
         )
-    if norm is not None:
-        x = normed_triton(x, norm, epsilon, normed, pdl=pdl)
-    _launch(
-        x,
-        weight,
-        out,
-        bias,
-        tuning,
-        split_room,
-        room_for(len(x)) if room is None else room,
-        pdl=pdl,
-        residual=residual,
-        positions=None,
-        kv_indices=None,
-        table=None,
-        keys=None,
-        values=None,
-        ACTIVATION="silu" if activation == "swish" else activation,
-        DISTANCE=0 if activation is None else num_outputs,
-        NUM_KV_HEADS=0,
-        HEAD_DIM=0,
-    )
+    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, split_room, room, pdl=pdl)
     return out
 
 
@@ -110,37 +86,15 @@ def tile_rows_qkv_triton(
 
     room: as in `tile_rows_linear_triton`.
     """
-    num_kv_heads, head_dim = keys.shape[2:]
-    assert keys.is_contiguous(), "the cache is contiguous"
-    assert values.is_contiguous(), "the cache is contiguous"
-    assert rope.table.shape[1] == head_dim, "heads are turned whole"
+    epilogue = heads_epilogue(rope, kv_indices, keys, values)
+    head_dim = epilogue.constants["HEAD_DIM"]
     assert head_dim % 32 == 0, "heads that fill boxes"
     if out is None:
+        num_kv_heads = keys.shape[2]
         out = x.new_empty(len(x), len(weight) // head_dim - 2 * num_kv_heads, head_dim)
     if tuning is None:
         tuning = tuned(len(x), *weight.shape, is_gated=False, is_normed=True, head_dim=head_dim, split_room=split_room)
-    if norm is not None:
-        x = normed_triton(x, norm, epsilon, normed, pdl=pdl)
-    _launch(
-        x,
-        weight,
-        out,
-        bias,
-        tuning,
-        split_room,
-        room_for(len(x)) if room is None else room,
-        pdl=pdl,
-        residual=None,
-        positions=rope.positions,
-        kv_indices=kv_indices,
-        table=rope.table,
-        keys=keys,
-        values=values,
-        ACTIVATION=None,
-        DISTANCE=head_dim // 2,
-        NUM_KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-    )
+    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, split_room, room, pdl=pdl)
     return out
 
 
@@ -149,19 +103,20 @@ def _launch(
     weight: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    epsilon: float,
+    normed: torch.Tensor | None,
+    epilogue: Epilogue,
     tuning: TileTuning,
     split_room: SplitRoom | None,
-    room: int,
+    room: int | None,
     *,
     pdl: bool,
-    residual: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    kv_indices: torch.Tensor | None,
-    table: torch.Tensor | None,
-    keys: torch.Tensor | None,
-    values: torch.Tensor | None,
-    **epilogue: Hashable,
 ) -> None:
+    if norm is not None:
+        x = normed_triton(x, norm, epsilon, normed, pdl=pdl)
+    if room is None:
+        room = room_for(len(x))
     is_split = tuning.splits > 1
     tensors = {
         "out": out,
@@ -170,14 +125,9 @@ def _launch(
         "bias": bias,
         "partials": split_room.partials if is_split and split_room is not None else None,
         "arrivals": split_room.arrivals if is_split and split_room is not None else None,
-        "residual": residual,
-        "positions": positions,
-        "kv_indices": kv_indices,
-        "table": table,
-        "keys": keys,
-        "values": values,
+        **epilogue.tensors,
     }
-    key = ("tiles", x.shape, weight.shape, tuning, room, pdl, *epilogue.values())
+    key = ("tiles", x.shape, weight.shape, tuning, room, pdl, *epilogue.constants.values())
     if launched_again(key, tensors):
         return
 
@@ -187,7 +137,7 @@ def _launch(
     from hotgraph_server.kernels.tile_rows_kernel import tiles_kernel
 
     num_rows, num_inputs = x.shape
-    is_paired = epilogue["DISTANCE"] != 0
+    is_paired = epilogue.constants["DISTANCE"] != 0
     num_token_blocks = -(-num_rows // room)
     assert num_rows >= 1, "rows"
     assert room in (8, 16, 32, 64, 128, 256), "a width that the tensor cores know"
@@ -225,8 +175,8 @@ def _launch(
         "PDL": pdl,
         "TRIGGERS_LATE": tuning.triggers_late,
         "num_warps": tuning.num_warps,
-        **_PDL[pdl],
-        **epilogue,
+        **PDL_OPTIONS[pdl],
+        **epilogue.constants,
     }
     grid = (num_blocks, tuning.splits) if room <= MAX_ROWS else (num_token_blocks, num_blocks, tuning.splits)
     launch_as(key, tiles_kernel, grid, tensors, arguments)
