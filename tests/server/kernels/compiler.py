@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,12 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(driver, "_active", _Hopper())
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
     return kernels
+
+
+def num_loads_before_wait(kernel: Any) -> int:
+    """Loads from global memory that stand before the first wait in what the GPU runs: the assembler may order them anew."""
+    before, _, _ = kernel.asm["sass"].partition("ACQBULK")
+    return len(re.findall(r"\b(?:LDG|UTMALDG)\b", before))
 
 
 def spills(kernel: Any) -> bool:

@@ -13,6 +13,7 @@ from hotgraph_server.kernels.attention_cuts import FULL_GRID
 from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_triton import launches, triton_attention
 from hotgraph_server.kernels.few_rows_cuts import tuned
+from tests.server.kernels.before_wait import before_wait
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.interpreter import run_interpreted
 
@@ -125,7 +126,11 @@ def test_in_a_chain_decode_waits_on_all_its_ways(heads: tuple[int, int], monkeyp
             ptx = kernel.asm["ptx"]
             assert ptx.count("griddepcontrol.launch_dependents") == ptx.count("griddepcontrol.wait") == 2
             machine_code = kernel.asm["sass"]
-            # Tables, keys and values stand before the wait; nothing is written there.
+            # Tables, keys and values stand before the wait, no query and no scratch; nothing is written there.
+            early = before_wait(kernel)
+            assert {"context_lens", "block_tables", "keys", "values"} <= set(early.reads)
+            assert set(early.reads) <= {"context_lens", "query_starts", "block_tables", "keys", "values"}
+            assert not early.writes
             before, after, left = machine_code.split("ACQBULK")
             assert not re.search(r"\b(STG|RED|ATOMG?|STL)\b", before)
             assert "STG" in after
@@ -158,6 +163,9 @@ def test_two_tiles_are_requested_before_the_wait(
     num_threads = 32 * kernel.metadata.num_warps
     tile_keys = 16 if num_rows == 4 else 32
     num_loads = 2 * 2 * tile_keys * head_dim * 2 // (16 * num_threads)
+    early = before_wait(kernel).reads
+    assert early["keys"] == early["values"] == num_loads // 2
+    assert "query" not in early
     before, after, _ = kernel.asm["sass"].split("ACQBULK")
     assert len(re.findall(r"LDG\.E\.128", before)) == num_loads
     # The two tiles again, for the token's own position, and then the query.

@@ -12,7 +12,8 @@ import torch
 from hotgraph_server.kernels.few_rows_cuts import MAX_ROWS, SumTuning, tuned
 from hotgraph_server.kernels.few_rows_triton import few_rows_linear_triton, few_rows_qkv_triton
 from hotgraph_server.kernels.rope import RopePlan
-from tests.server.kernels.compiler import compile_launches, spills
+from tests.server.kernels.before_wait import before_wait
+from tests.server.kernels.compiler import compile_launches, num_loads_before_wait, spills
 from tests.server.kernels.few_rows_checks import Product
 from tests.server.kernels.interpreter import run_interpreted
 
@@ -27,6 +28,21 @@ NUM_MULTIPROCESSORS = 132
 
 # What must be on its way to a multiprocessor that reads 4.6 TB/s / 132 and waits a microsecond for it.
 BYTES_IN_FLIGHT = 35_000
+
+
+def assert_reads_weights_alone(kernels: list[Any], **num_loads: int) -> None:
+    """Before its wait a product reads its weight, and its norm and bias where it has them; a norm reads its weight. Nothing is
+    written there. num_loads: of the product, by what is read."""
+    *norms, product = kernels
+    for kernel in kernels:
+        before = before_wait(kernel)
+        assert not before.writes
+        # As it will run, too.
+        assert num_loads_before_wait(kernel) == before.reads.total()
+    assert [set(before_wait(norm).reads) for norm in norms] == [{"norm"}] * len(norms)
+    reads = before_wait(product).reads
+    assert set(reads) <= {"weight", "norm", "bias"}
+    assert {name: reads[name] for name in num_loads} == num_loads
 
 
 def launch(product: Product, num_rows: int, *, pdl: bool, dtype: torch.dtype = torch.float16) -> None:
@@ -82,7 +98,7 @@ def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.Mo
     before, after = ptx.split("griddepcontrol.wait")
     wide_load = re.compile(r"ld\.global\S*evict_first\S*\.v4\.b32")
     assert len(wide_load.findall(before)) == num_loads
-    assert "st.global" not in before
+    assert_reads_weights_alone(kernels, weight=num_loads)
     # As it will run, too: the assembler may order loads anew.
     before, after = kernel.asm["sass"].split("ACQBULK")
     assert len(re.findall(r"LDG\.E\.EF\.128", before)) == num_loads
@@ -96,7 +112,10 @@ def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 16])
 def test_queries_keys_and_values_in_one_kernel(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rope and the write to the cache behind it the QKV product does not spill either, and waits before both."""
+    """With rope and the write to the cache behind it the QKV product does not spill either, and waits before both.
+
+    What it turns heads by is the step's, and not read before that; its first tiles are requested then.
+    """
     kernels = compile_launches(monkeypatch)
     x, weight = torch.empty(num_rows, HIDDEN).half(), torch.empty(6144, HIDDEN).half()
     cache = torch.empty(2, 4, 16, 8, 128).half()
@@ -105,8 +124,9 @@ def test_queries_keys_and_values_in_one_kernel(num_rows: int, monkeypatch: pytes
     few_rows_qkv_triton(x, weight, rope, indices, *cache, norm=weight[0], epsilon=1e-5, pdl=True)
     assert len(kernels) == (1 if num_rows <= 2 else 2)
     assert not any(map(spills, kernels))
-    before, after = kernels[-1].asm["ptx"].split("griddepcontrol.wait")
-    assert "st.global" not in before
+    _, after = kernels[-1].asm["ptx"].split("griddepcontrol.wait")
+    assert_reads_weights_alone(kernels)
+    assert before_wait(kernels[-1]).reads["weight"] >= 8
     assert "griddepcontrol.launch_dependents" in after
     assert after.count("st.global") >= 6
 

@@ -26,6 +26,7 @@ from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.row_sums import row_cumsum_triton, row_logsumexp_triton
 from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
+from tests.server.kernels.before_wait import before_wait
 from tests.server.kernels.compiler import compile_launches, spills
 from tests.server.kernels.few_rows_checks import Product, draw
 from tests.server.kernels.interpreter import run_interpreted
@@ -216,6 +217,9 @@ def test_attention_is_one_kernel_for_all_steps(
     assert kernel.metadata.shared <= 227 * 1024
     ptx = kernel.asm["ptx"]
     assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
+    early = before_wait(kernel)
+    assert set(early.reads) == {"context_lens", "query_starts"}
+    assert not early.writes
     before, after = kernel.asm["sass"].split("ACQBULK")
     assert not re.search(r"\b(STG|RED|ATOMG?|STL|EXIT)\b", before)
     assert not re.search(r"\b(LDG\.E\.128|LDGSTS|HGMMA|HMMA)", before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS, SplitRoom, TileTuning, tuned
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
-from tests.server.kernels.compiler import compile_launches, spills
+from tests.server.kernels.before_wait import Before, before_wait
+from tests.server.kernels.compiler import compile_launches, num_loads_before_wait, spills
 from tests.server.kernels.few_rows_checks import Product
 
 CPU = torch.device("cpu")
@@ -65,9 +67,12 @@ def assert_ring(kernel: Any, tuning: TileTuning, room: int, *, is_paired: bool) 
     assert kernel.metadata.shared <= tuning.shared_bytes(room) + 16 * 8  # barriers, each on a line of its own
     ptx = kernel.asm["ptx"]
     assert ptx.count("griddepcontrol.launch_dependents") == ptx.count("griddepcontrol.wait") == 1
-    # All of the ring is requested before the wait, the tokens after it, and nothing is written before.
+    # All of the ring is requested before the wait, and nothing else: tokens and all that is written come after it.
+    num_boxes = tuning.num_stages * tuning.parts * (2 if is_paired else 1)
+    assert before_wait(kernel) == Before(reads=Counter(weight=num_boxes), writes=Counter())
+    assert num_loads_before_wait(kernel) == num_boxes
     before, after = kernel.asm["sass"].split("ACQBULK")
-    assert before.count("UTMALDG.2D") == tuning.num_stages * tuning.parts * (2 if is_paired else 1)
+    assert before.count("UTMALDG.2D") == num_boxes
     assert not re.search(r"\b(STG|RED|ATOM)", before)
     assert before.index("UTMACCTL.PF") < before.index("UTMALDG")
     assert "FENCE.VIEW.ASYNC.G" in after[: after.index("UTMALDG.2D")]
@@ -105,6 +110,7 @@ def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.Mo
         split_room=split_room,
     )
     assert [kernel.name for kernel in kernels] == ["norm_kernel"] * product.has_norm + ["tiles_kernel"]
+    assert all(set(before_wait(norm).reads) == {"norm"} for norm in kernels[:-1])
     is_gated = product.activation is not None
     num_weight_rows = product.num_outputs * (2 if is_gated else 1)
     tuning = tuned(
