@@ -229,6 +229,7 @@ class GraphCache(Generic[K]):
                 num_quarantines=store.num_quarantines,
                 used_bytes=store.ledger.used_bytes,
                 limit_bytes=store.ledger.limit_bytes,
+                pool_bytes=self.backend.pool_bytes,
                 stall_seconds=self._core.governor.stall_seconds,
                 stall_budget_seconds=self._core.governor.stall_budget_seconds,
             )
@@ -294,6 +295,7 @@ class GraphCache(Generic[K]):
                 used_bytes=ledger.used_bytes,
                 pinned_bytes=ledger.pinned_bytes,
                 retiring_bytes=ledger.retiring_bytes,
+                pool_bytes=self.backend.pool_bytes,
                 kv_cache_bytes=ledger.kv_cache_bytes,
                 num_graphs=ledger.num_graphs,
                 stall_budget_seconds=self._core.governor.stall_budget_seconds,

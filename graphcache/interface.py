@@ -86,7 +86,8 @@ class Captured(Protocol):
 
 
 class Backend(Protocol):
-    """How work is captured. Every method is called on the capture thread, which is the same one for the cache's life."""
+    """How work is captured. Every method is called on the capture thread, which is the same one for the cache's life; what is
+    no method is read on any thread."""
 
     @property
     def name(self) -> str: ...
@@ -99,6 +100,14 @@ class Backend(Protocol):
     @property
     def needs_verification(self) -> bool:
         """Whether a replay could differ from the eager run at all."""
+        ...
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory that captures share, as of the last one; 0 where they share none. It stays when they are destroyed.
+
+        What a capture grew it by is in that one's size, too.
+        """
         ...
 
     def start(self, turns: Turns) -> None:

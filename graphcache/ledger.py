@@ -12,7 +12,9 @@ from dataclasses import dataclass
 class BudgetInfo:
     """The budget at one moment. `used_bytes` is of all ready graphs, `pinned_bytes` of the pinned among them.
 
-    `retiring_bytes` is of graphs that serve no more and are destroyed once their last replay is over.
+    `retiring_bytes` is of graphs that serve no more and are destroyed once their last replay is over. `pool_bytes` is all
+    of the memory that the backend's captures share, which no graph's end gives back; what a graph grew it by is in its own
+    bytes, too.
     `stall_budget_seconds` is the capture interference allowed for each second of serving.
     """
 
@@ -20,6 +22,7 @@ class BudgetInfo:
     used_bytes: int
     pinned_bytes: int
     retiring_bytes: int
+    pool_bytes: int
     kv_cache_bytes: int
     num_graphs: int
     stall_budget_seconds: float

@@ -78,7 +78,7 @@ class CacheStats:
     """Counts since the cache was made. `num_hits` and `num_misses` count steps; `num_captures` those that were published.
 
     `num_failures` has the `num_quarantines` among them. `stall_seconds`: what captures took while others were served, all of
-    which is charged to the stall budget; it bounds from above what those who were served lost.
+    which is charged to the stall budget; it bounds from above what those who were served lost. `pool_bytes`: see BudgetInfo.
     """
 
     backend: str
@@ -92,5 +92,6 @@ class CacheStats:
     num_quarantines: int
     used_bytes: int
     limit_bytes: int
+    pool_bytes: int
     stall_seconds: float
     stall_budget_seconds: float

@@ -142,6 +142,11 @@ class CudaBackend:
         state = "not started" if self._thread is None else f"{len(self._spares)} spares"
         return f"CudaBackend({state}, {self._num_instantiates} instantiated, {self._num_updates} updated)"
 
+    @property
+    def pool_bytes(self) -> int:
+        """See Backend. From any thread; what rehearsals share is not in it."""
+        return self._pool_bytes
+
     def stats(self) -> CudaStats:
         """From any thread; the parts may be of slightly different moments."""
         spares = self._spares.all()
@@ -192,6 +197,7 @@ class CudaBackend:
                 self._leave("a stream", self._runtime.return_stream, stream)
         self._torch.close()
         self._capture_stream = self._warm_up_stream = self._thread = None
+        self._pool_bytes = 0
 
     def _ensure_warm_up_stream(self) -> int:
         if self._warm_up_stream is None:

@@ -34,6 +34,7 @@ class EagerBackend:
     name = "eager"
     is_fixed_shape = False
     needs_verification = False
+    pool_bytes = 0
 
     def __init__(self, size_bytes: Callable[[str], int] | None = None) -> None:
         self._size_bytes = size_bytes

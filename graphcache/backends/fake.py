@@ -48,7 +48,8 @@ class FakeBackend:
     """Captures nothing, at settable cost. Attributes may be changed at any time and hold from the next capture on.
 
     Durations pass on the given clock: a FakeClock is advanced, with any other the thread sleeps. `gate`, when set to an
-    event, holds every capture until the event is set.
+    event, holds every capture until the event is set. A capture named in `pool_growths` makes the pool larger by so many bytes,
+    which count in its size and stay in the pool when it is destroyed.
     """
 
     name = "fake"
@@ -68,6 +69,8 @@ class FakeBackend:
         self.needs_verification = needs_verification
         self.size_bytes = size_bytes
         self.sizes: dict[str, int] = {}  # bytes by name, before `size_bytes`
+        self.pool_growths: dict[str, int] = {}  # bytes by name
+        self.pool_bytes = 0
         self.record_seconds = record_seconds
         self.instantiate_seconds = instantiate_seconds
         self.failures: dict[str, str] = {}  # failure text by name
@@ -99,7 +102,9 @@ class FakeBackend:
             raise CaptureError(self.failures[name])
         self._turns.wait()
         spend(self.clock, self.instantiate_seconds)
-        captured = FakeCaptured(self, name, work, self.sizes.get(name, self.size_bytes))
+        growth_bytes = self.pool_growths.get(name, 0)
+        self.pool_bytes += growth_bytes
+        captured = FakeCaptured(self, name, work, self.sizes.get(name, self.size_bytes) + growth_bytes)
         self.num_captures[name] += 1
         self.live.append(captured)
         return captured
@@ -126,6 +131,7 @@ class FakeBackend:
     def close(self) -> None:
         self._check_thread()
         self.num_closes += 1
+        self.pool_bytes = 0
 
     def on_destroy(self, captured: FakeCaptured) -> None:
         """Called by a capture that is being destroyed."""

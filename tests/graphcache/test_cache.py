@@ -114,6 +114,7 @@ def test_update_budget_changes_what_is_given(cache: GraphCache[str]) -> None:
         used_bytes=0,
         pinned_bytes=0,
         retiring_bytes=0,
+        pool_bytes=0,
         kv_cache_bytes=0,
         num_graphs=0,
         stall_budget_seconds=0.5,
@@ -157,6 +158,22 @@ def test_stats_add_up(cache: GraphCache[str], backend: FakeBackend) -> None:
     assert (stats.num_hits, stats.num_misses) == (2, 2)
     assert (stats.num_captures, stats.num_evictions, stats.num_failures) == (1, 0, 1)
     assert (stats.used_bytes, stats.limit_bytes) == (100, 1000)
+
+
+def test_the_pool_is_shown_and_stays(cache: GraphCache[str], backend: FakeBackend) -> None:
+    """What captures share is told beside what graphs hold, and is still held when the graph that grew it is gone."""
+    backend.pool_growths["a"] = 50
+    cache.request("a")
+    cache.run_pending()
+    cache.request("b")
+    cache.run_pending()
+    assert (cache.budget().used_bytes, cache.budget().pool_bytes, cache.stats().pool_bytes) == (250, 50, 50)
+    cache.evict("a")
+    cache.run_pending()
+    assert (cache.budget().used_bytes, cache.budget().retiring_bytes) == (100, 0)
+    assert cache.budget().pool_bytes == cache.stats().pool_bytes == 50
+    cache.close()
+    assert cache.budget().pool_bytes == 0
 
 
 def test_a_listener_may_steer_the_cache(cache: GraphCache[str]) -> None:

@@ -125,6 +125,7 @@ _ALL: Final = (
     _gauge("graphs", "Graphs by state: ready, or pending (queued and captured now)", "state"),
     _gauge("graph_bytes", "Bytes that ready graphs hold", unit="bytes"),
     _gauge("graph_budget_bytes", "Bytes that they may hold", unit="bytes"),
+    _gauge("graph_pool_bytes", "Bytes of the memory that graphs share, which stays when they go", unit="bytes"),
     _gauge("graph_device_lost", "1 when captures have found the device lost"),
     # Calls.
     _counter("rpc_calls", "Calls of our services that ended, by method and gRPC code", "method", "code"),

@@ -80,6 +80,7 @@ GRAPH_METRICS = (
     "hotgraph_graph_stall_budget_ratio",
     "hotgraph_graph_bytes",
     "hotgraph_graph_budget_bytes",
+    "hotgraph_graph_pool_bytes",
     "hotgraph_graph_device_lost",
 )
 ERROR_REASONS = ("INTERNAL", "QUEUE_FULL", "ENGINE_FAILED", "UNAUTHENTICATED", "PERMISSION_DENIED")
@@ -195,6 +196,7 @@ class Page:
                 "hotgraph_graph_stall_budget_ratio": stats.stall_budget_seconds,
                 "hotgraph_graph_bytes": stats.used_bytes,
                 "hotgraph_graph_budget_bytes": stats.limit_bytes,
+                "hotgraph_graph_pool_bytes": stats.pool_bytes,
                 "hotgraph_graph_device_lost": cache.lost is not None,
             }
         yield from (_value(name, values.get(name)) for name in GRAPH_METRICS)

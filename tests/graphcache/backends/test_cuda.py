@@ -381,8 +381,13 @@ def test_sizes_count_the_executable_and_the_growth_of_the_pool(rig: Rig) -> None
 
     captured = rig.backend.capture("a", work)
     assert captured.size_bytes == 38 * MIB
-    assert rig.backend.stats().pool_bytes == 6 * MIB
+    assert rig.backend.stats().pool_bytes == rig.backend.pool_bytes == 6 * MIB
     assert rig.capture("b", *"l" * 200).size_bytes == 32 * MIB
+    captured.destroy()
+    rig.capture("c", *"l" * 200)
+    assert rig.backend.pool_bytes == 6 * MIB
+    rig.backend.close()
+    assert rig.backend.pool_bytes == 0
 
 
 def test_a_failed_start_leaves_nothing_and_can_be_tried_again() -> None:
