@@ -158,7 +158,9 @@ class Decoder:
         at = Activations() if arena is None else arena.tokens(num_tokens)
         hidden = torch.index_select(self._embedding, 0, step.token_ids, out=at.hidden)
         x = layers.enter(hidden, at)
-        attend_seconds, join_seconds, transform_seconds = layers.part_seconds(num_tokens)
+        attend_seconds, join_seconds, transform_seconds = (
+            (0.0, 0.0, 0.0) if give_way is None else layers.part_seconds(num_tokens)
+        )
         for index in range(self._shape.num_layers):
             attended = layers.attend(index, x, inputs, at)
             if give_way is not None:

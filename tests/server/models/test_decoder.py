@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,28 @@ def test_weights_that_do_not_fit_into_float16_are_kept_whole() -> None:
     assert not isinstance(ours._layers.head, PackedLinear)
     check_mixed(ours, model)
     check_chunked(ours, model, num_tokens=50, chunk_size=9)
+
+
+def test_only_who_gives_way_is_told_how_long_parts_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is served does not work it out, for nothing; one that is captured does so once, for all layers."""
+    model = decoder(reference("llama"))
+    layers = type(model._layers)
+    asked: list[int] = []
+    told: list[float] = []
+    part_seconds = layers.part_seconds
+
+    def counted(self: Any, num_tokens: int) -> tuple[float, float, float]:
+        asked.append(num_tokens)
+        return part_seconds(self, num_tokens)
+
+    monkeypatch.setattr(layers, "part_seconds", counted)
+    driver = Driver(model)
+    step, _ = driver.tensors({"a": random_tokens(5, model.vocabulary_size, seed=1)})
+    logits = model.forward(step, driver.kv)
+    assert asked == []
+    assert torch.equal(model.forward(step, driver.kv, None, told.append), logits)
+    assert asked == [5]
+    assert told == [*part_seconds(model._layers, 5)] * SIZES["num_hidden_layers"] + [math.inf]
 
 
 def test_packed_weights_take_less_room() -> None:
