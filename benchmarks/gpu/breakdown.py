@@ -56,7 +56,8 @@ def noting_backend(device: Any, topologies: dict[str, dict[str, int]]) -> Backen
     """The CUDA backend, which puts each captured graph's nodes and edges into `topologies` by its name; None without CUDA."""
     if device.type != "cuda":
         return None
-    from graphcache.backends.cuda import CudaBackend, CudaCaptured
+    from graphcache.backends.cuda import CudaBackend
+    from graphcache.backends.cuda_captured import CudaCaptured
 
     class NotingBackend(CudaBackend):
         """As its parent, with a note of each graph."""

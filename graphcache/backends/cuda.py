@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, NoReturn
 
+from graphcache.backends.cuda_captured import CudaCaptured
+from graphcache.backends.cuda_executables import Executables, leave
 from graphcache.backends.cuda_gap import StepGap
 from graphcache.backends.cuda_runtime import OUT_OF_MEMORY, CudaCallError, CudaRuntime, Runtime
-from graphcache.backends.cuda_sizes import ExecutableSizes
-from graphcache.backends.cuda_spares import Executable, Shape, Spares
+from graphcache.backends.cuda_spares import Executable
 from graphcache.backends.cuda_torch import Torch, TorchDevice
 from graphcache.errors import CaptureError, DeviceLostError, GraphStateError
 from graphcache.interface import NoTurns, Turns
@@ -52,47 +53,6 @@ class CudaStats:
     spare_bytes: int
     pool_bytes: int
     node_bytes: float
-
-
-class CudaCaptured:
-    """One graph, launchable. `size_bytes`: its executable's share, and what the pool grew by while it was recorded.
-
-    `num_nodes`, `num_edges` and `num_programmatic_edges` (whose second kernel may start before the first one ends) are the
-    recorded graph's.
-    """
-
-    def __init__(
-        self,
-        backend: CudaBackend,
-        executable: Executable,
-        replay: Callable[[], None],
-        *,
-        pool_bytes: int,
-        record_seconds: float,
-        instantiate_seconds: float,
-        is_update: bool,
-    ) -> None:
-        self.replay: Callable[[], None] = replay
-        self.size_bytes = executable.size_bytes + pool_bytes
-        self.record_seconds = record_seconds
-        self.instantiate_seconds = instantiate_seconds  # or update; and upload
-        self.is_update = is_update
-        self.num_nodes = executable.shape.num_nodes
-        self.num_edges = len(executable.shape.edge_types)
-        self.num_programmatic_edges = executable.shape.num_programmatic_edges
-        self._backend = backend
-        self._executable: Executable | None = executable
-
-    def __repr__(self) -> str:
-        return f"CudaCaptured({self.num_nodes} nodes, {self.size_bytes} bytes)"
-
-    def destroy(self) -> None:
-        """Hands the executable back, to be updated or destroyed. Its last launch may still run. Raises GraphStateError."""
-        if self._executable is None:
-            raise GraphStateError("the graph was destroyed before")
-        executable, self._executable = self._executable, None
-        self.replay = _gone
-        self._backend.retire(executable)
 
 
 class CudaBackend:
@@ -130,17 +90,13 @@ class CudaBackend:
         self._is_recording = False
         self._paused_seconds = 0.0  # of the recording that is under way
         self._end_part: Callable[[], None] | None = None  # how the part that is under way ends
-        self._spares = Spares(self._runtime, num_spare_execs)
-        self._sizes = ExecutableSizes()
+        self._executables = Executables(self._runtime, self._torch, num_spare_execs)
         self._gap = StepGap(self._runtime)
-        self._num_updates = 0
-        self._num_instantiates = 0
         self._num_failures = 0
         self._pool_bytes = 0
 
     def __repr__(self) -> str:
-        state = "not started" if self._thread is None else f"{len(self._spares)} spares"
-        return f"CudaBackend({state}, {self._num_instantiates} instantiated, {self._num_updates} updated)"
+        return f"CudaBackend({'not started' if self._thread is None else 'started'}, {self._executables!r})"
 
     @property
     def pool_bytes(self) -> int:
@@ -149,15 +105,16 @@ class CudaBackend:
 
     def stats(self) -> CudaStats:
         """From any thread; the parts may be of slightly different moments."""
-        spares = self._spares.all()
+        executables = self._executables
+        spares = executables.spares.all()
         return CudaStats(
-            num_updates=self._num_updates,
-            num_instantiates=self._num_instantiates,
+            num_updates=executables.num_updates,
+            num_instantiates=executables.num_instantiates,
             num_failures=self._num_failures,
             num_spares=len(spares),
             spare_bytes=sum(spare.size_bytes for spare in spares),
             pool_bytes=self._pool_bytes,
-            node_bytes=self._sizes.node_bytes,
+            node_bytes=executables.sizes.node_bytes,
         )
 
     # Its life.
@@ -189,12 +146,12 @@ class CudaBackend:
         except CudaCallError:
             self._torch.keep_pool()  # on a lost device, which nobody may have noticed yet, giving it back would abort
         for event in self._gap.close():
-            self._leave("an event", self._runtime.destroy_event, event)
-        for spare in self._spares.clear():
-            self._leave("an executable", self._runtime.destroy_executable, spare.handle)
+            leave("an event", self._runtime.destroy_event, event)
+        for spare in self._executables.spares.clear():
+            leave("an executable", self._runtime.destroy_executable, spare.handle)
         for stream in (self._capture_stream, self._warm_up_stream):
             if stream is not None:
-                self._leave("a stream", self._runtime.return_stream, stream)
+                leave("a stream", self._runtime.return_stream, stream)
         self._torch.close()
         self._capture_stream = self._warm_up_stream = self._thread = None
         self._pool_bytes = 0
@@ -328,42 +285,40 @@ class CudaBackend:
         gives way; that time is not counted."""
         self._check_thread()
         try:
-            self._ensure_capture_stream()
+            stream = self._ensure_capture_stream()
             pool_bytes = self._torch.pool_bytes()
             started, self._paused_seconds = perf_counter(), 0.0
-            graph = self._record(work)
+            graph = self._record(stream, work)
             record_seconds = perf_counter() - started - self._paused_seconds
         except Exception as error:
             self._num_failures += 1
             self._fail("recording", error, name)
         try:
             self._pause()
-            executable, instantiate_seconds, is_update = self._launchable(graph)
+            executable, instantiate_seconds, is_update = self._executables.make(graph, stream, self._pause)
         except Exception as error:
             self._num_failures += 1
             self._fail("instantiating", error, name)
         finally:
-            self._leave("a graph", self._runtime.destroy_graph, graph)  # the executable needs it no more
+            leave("a graph", self._runtime.destroy_graph, graph)  # the executable needs it no more
         self._pool_bytes = self._torch.pool_bytes()
         return CudaCaptured(
-            self,
             executable,
             self._runtime.launcher(executable.handle, self._torch.current_stream()),
+            self._retire,
             pool_bytes=max(0, self._pool_bytes - pool_bytes),
             record_seconds=record_seconds,
             instantiate_seconds=instantiate_seconds,
             is_update=is_update,
         )
 
-    def retire(self, executable: Executable) -> None:
+    def _retire(self, executable: Executable) -> None:
         """A capture that is being destroyed gives its executable back. Raises CudaCallError when one cannot be destroyed."""
         self._check_thread()
-        self._spares.add(executable)
+        self._executables.spares.add(executable)
 
-    def _record(self, work: Callable[[], None]) -> int:
+    def _record(self, stream: int, work: Callable[[], None]) -> int:
         """The graph of `work`. Raises whatever `work` raises, or CudaCallError; the stream does not capture then."""
-        stream = self._capture_stream
-        assert stream is not None
         # The pool takes over before the capture begins, and until after it ended: the allocator must not be asked for
         # memory outside it in between.
         with self._torch.recording(stream):
@@ -397,45 +352,6 @@ class CudaBackend:
             else:
                 self._warm_up_stream = None
 
-    def _launchable(self, graph: int) -> tuple[Executable, float, bool]:
-        """An executable of `graph`, uploaded; the seconds that took; and whether it is a spare, updated."""
-        stream = self._capture_stream
-        assert stream is not None
-        shape = Shape.of(graph, self._runtime)
-        if shape.num_nodes == 0:
-            raise CaptureError("the work put nothing on the capture stream")
-        started = perf_counter()
-        spare = self._spares.take(graph, shape)
-        seconds = perf_counter() - started
-        handle, fallen_bytes = (spare.handle, 0) if spare is not None else (None, 0)
-        try:
-            if handle is None:
-                before = self._unaccounted_bytes()
-                started = perf_counter()
-                handle = self._runtime.instantiate(graph)
-                seconds += perf_counter() - started
-                fallen_bytes = before - self._unaccounted_bytes()
-            self._pause()
-            before = self._unaccounted_bytes()
-            started = perf_counter()
-            self._runtime.upload(handle, stream)
-            self._runtime.synchronize_stream(stream)
-            seconds += perf_counter() - started
-            fallen_bytes += before - self._unaccounted_bytes()
-        except BaseException:
-            if handle is not None:
-                self._leave("an executable", self._runtime.destroy_executable, handle)
-            raise
-        if spare is not None:
-            self._num_updates += 1
-            return spare, seconds, True
-        self._num_instantiates += 1
-        return Executable(handle, shape, self._sizes.measured(shape.num_nodes, fallen_bytes)), seconds, False
-
-    def _unaccounted_bytes(self) -> int:
-        """Free device memory, and what torch holds: what falls when somebody else takes memory, the driver for one."""
-        return self._runtime.free_bytes() + self._torch.reserved_bytes()
-
     # What goes wrong.
 
     def _fail(self, doing: str, error: Exception, name: str = "") -> NoReturn:
@@ -461,17 +377,6 @@ class CudaBackend:
             text = f"{doing} raised {type(error).__name__}; the log has it"
         raise CaptureError(text) from error
 
-    def _leave(self, what: str, destroy: Callable[[int], None], handle: int) -> None:
-        """Destroys something. A failure is logged: nothing can be done about it, and it must not hide another."""
-        try:
-            destroy(handle)
-        except CudaCallError:
-            log.exception("%s of the CUDA backend was left behind", what)
-
     def _check_thread(self) -> None:
         if self._thread != threading.get_ident():
             raise GraphStateError("the CUDA backend is not started, or was called away from the capture thread")
-
-
-def _gone() -> None:
-    raise GraphStateError("a destroyed graph was replayed")

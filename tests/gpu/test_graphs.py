@@ -13,7 +13,8 @@ import torch
 from transformers import GPTNeoConfig, LlamaConfig
 
 from graphcache import GraphState
-from graphcache.backends.cuda import CudaBackend, CudaCaptured
+from graphcache.backends.cuda import CudaBackend
+from graphcache.backends.cuda_captured import CudaCaptured
 from hotgraph_server.batch import Sampler, StepKey
 from hotgraph_server.config import GraphSettings
 from hotgraph_server.models.bridge import Bridge

@@ -19,7 +19,8 @@ from graphcache import (
     NoTurns,
 )
 from graphcache.backends import cuda
-from graphcache.backends.cuda import CudaBackend, CudaCaptured
+from graphcache.backends.cuda import CudaBackend
+from graphcache.backends.cuda_captured import CudaCaptured
 from graphcache.backends.cuda_runtime import CudaCallError
 from tests.graphcache.backends.cuda_fakes import BROKEN, LOST, NO_MEMORY, FakeRuntime, FakeTorch, OutOfMemoryError
 from tests.graphcache.turns import GivenTurns
