@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
 from pathlib import Path
 from typing import Final
 
 from graphcache import Profile
 from hotgraph_server.batch import StepKey
+from hotgraph_server.files import write_whole
 from hotgraph_server.rpc import ServedModel
 from hotgraph_server.rpc.graph import fitting_profile
 
@@ -43,19 +42,6 @@ def export_profile(path: Path | None, served: ServedModel) -> None:
         return
     data = {"model": served.model_id, **served.engine.graphs.export_profile(PROFILE_ENTRIES).to_dict()}
     try:
-        _write_atomically(path, json.dumps(data, indent=2) + "\n")
+        write_whole(path, json.dumps(data, indent=2) + "\n")
     except OSError as error:
         logger.warning("the graph profile cannot be written to %s: %s", path, error)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """The file is the old one or the new one, whole, whenever the process ends."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -22,6 +20,7 @@ import platformdirs
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hotgraph_server.files import write_whole
 from hotgraph_server.kernels.few_rows import has_pdl
 from hotgraph_server.kernels.few_rows_cuts import (
     MAX_ROWS,
@@ -302,17 +301,7 @@ def write_table(path: Path, machine: Machine, table: TuningTable) -> None:
     lines = ",\n".join("    " + json.dumps(_entry(*key, tuning)) for key, tuning in entries)
     head = json.dumps(asdict(machine))
     text = f'{{\n  "format": {FORMAT},\n  "machine": {head},\n  "products": [\n{lines}\n  ]\n}}\n'
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, text, mode=0o644)
 
 
 def store_table(path: Path, machine: Machine, table: TuningTable) -> None:

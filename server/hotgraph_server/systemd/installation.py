@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import difflib
 import enum
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
+
+from hotgraph_server.files import write_whole
 
 UNITS = ("hotgraph.service", "hotgraph@.service")
 DROP_INS = ("credentials", "lan", "systemd-254", "unix-only")
@@ -149,13 +150,7 @@ def _read(path: Path) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.chmod(FILE_MODE)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text, mode=FILE_MODE)
 
 
 def _remove_if_empty(folder: Path) -> None:
