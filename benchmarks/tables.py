@@ -1,7 +1,8 @@
 """The tables of measured figures, from raw results: `python -m benchmarks.tables [RESULT.json ...]`.
 
 Without names it makes the README's: of the CPU, and of each GPU benchmark with a result of its name in results/gpu; those of
-several models stand in docs/kernels.md (`gpu/page.py`). It computes medians and percentiles of samples that are there and nothing else; a figure that is in no result cannot come out of it.
+several models stand in docs/kernels.md (`gpu/page.py`). It computes medians and percentiles of samples that are there and
+nothing else; a figure that is in no result cannot come out of it.
 """
 
 from __future__ import annotations
