@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.models import make_loaded
+from benchmarks.gpu.report import machine
 from hotgraph_server.kernels.invariant_rows import order_of, padded_rows, room_for, sum_order, tuned
 from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton
@@ -167,7 +168,11 @@ def main() -> None:
         "--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 64, 128, 256, 384, 512]
     )
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    result: dict[str, Any] = {
+        "name": "batch-invariant",
+        "environment": machine(CUDA),
+        "device": torch.cuda.get_device_name(),
+    }
     if not arguments.no_steps:
         plain, invariant = (step_times(batch_invariant=is_invariant) for is_invariant in (False, True))
         print(f"{result['device']}; milliseconds: default, batch-invariant, ratio")
