@@ -44,7 +44,7 @@ class _Draft:
 
 
 class Planner:
-    """Holds the queue and what runs. `graphs_ready` tells whether a sequence that may wait for its graphs has them."""
+    """Holds the queue and what runs. `may_start` tells whether a sequence that waits may come in now."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Planner:
         *,
         max_step_tokens: int,
         shares_prefixes: bool,
-        graphs_ready: Callable[[Sequence], bool],
+        may_start: Callable[[Sequence], bool],
     ) -> None:
         self.slots = slots
         self.blocks = blocks
@@ -62,7 +62,7 @@ class Planner:
         self.num_preemptions = 0
         self._max_step_tokens = max_step_tokens
         self._shares_prefixes = shares_prefixes
-        self._graphs_ready = graphs_ready
+        self._may_start = may_start
         self._next_step = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -206,8 +206,8 @@ class Planner:
         return self.waiting.next(num_running.__getitem__)
 
     def _must_wait(self, sequence: Sequence) -> bool:
-        if sequence.num_steps_in_flight or not self._graphs_ready(sequence):
-            return True  # preempted a moment ago, or asked to wait for its graphs
+        if sequence.num_steps_in_flight or not self._may_start(sequence):
+            return True  # preempted a moment ago, asked to wait for its graphs, or about to be ended
         # A later choice of one prompt comes in when the first has computed it, and shares its blocks.
         leader = sequence.ticket.sequences[0]
         if leader is sequence or leader.is_finished or leader.first_token_time is not None:

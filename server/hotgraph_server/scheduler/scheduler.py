@@ -84,7 +84,7 @@ class Scheduler:
             self._blocks,
             max_step_tokens=info.max_step_tokens,
             shares_prefixes=settings.prefix_caching,
-            graphs_ready=self._graphs_ready,
+            may_start=self._may_start,
         )
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: deque[_InFlight] = deque()
@@ -429,11 +429,16 @@ class Scheduler:
             ticket.wait_until = ticket.accept_time + policy.max_wait_seconds
             asyncio.get_running_loop().call_later(policy.max_wait_seconds, self._wake.set)
 
-    def _graphs_ready(self, sequence: Sequence) -> bool:
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Whether its time is not over and it has the graphs that it waits for. Of a loop that was held up, a step's end may
+        come round before the timers that are due."""
         ticket = sequence.ticket
+        now = self._clock.monotonic()
+        deadline = ticket.request.deadline
+        if deadline is not None and now >= deadline:
+            return False  # its timer ends it
         if ticket.wait_until is None:
             return True
-        now = self._clock.monotonic()
         if now >= ticket.wait_until or not self._admission.missing_graphs(ticket.request):
             ticket.wait_until, ticket.graphs_ready_time = None, now
             return True

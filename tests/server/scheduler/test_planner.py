@@ -28,7 +28,7 @@ def make_planner(
         BlockManager(num_blocks, block_size),
         max_step_tokens=max_step_tokens,
         shares_prefixes=True,
-        graphs_ready=lambda _: True,
+        may_start=lambda _: True,
     )
 
 
@@ -171,7 +171,7 @@ def test_those_who_wait_for_graphs_hold_up_nobody() -> None:
         BlockManager(33, 4),
         max_step_tokens=16,
         shares_prefixes=True,
-        graphs_ready=lambda sequence: not (waits and sequence.ticket.request.graph_policy.mode is GraphMode.WAIT_UP_TO),
+        may_start=lambda sequence: not (waits and sequence.ticket.request.graph_policy.mode is GraphMode.WAIT_UP_TO),
     )
     (first,) = add(planner, [1], graph_policy=GraphPolicy(GraphMode.WAIT_UP_TO, 1.0))
     (second,) = add(planner, [2])

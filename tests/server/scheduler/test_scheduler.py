@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from unittest import mock
 
@@ -213,6 +214,18 @@ async def test_a_deadline_ends_running_and_waiting_requests(house: Make) -> None
     await made.scheduler.wait_idle()
     assert made.scheduler.status().num_expired == 2
     assert_all_free(made)
+
+
+async def test_a_loop_that_was_held_up_starts_nothing_late(house: Make) -> None:
+    """When the loop comes round to the next step before the timer of a deadline that has passed, who waited is not started."""
+    made = await house(num_slots=1)
+    stream = made.scheduler.submit(request(deadline=asyncio.get_running_loop().time() + 0.01))
+    time.sleep(0.03)  # noqa: ASYNC251  (the loop is held up)
+    made.scheduler.advance()
+    with pytest.raises(DeadlineError):
+        await read(stream)
+    assert made.engine.batches == []
+    assert made.scheduler.status().num_running == 0
 
 
 async def test_a_deadline_that_has_passed_is_refused_at_once(house: Make) -> None:
