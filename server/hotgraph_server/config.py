@@ -139,6 +139,13 @@ class SchedulerSettings(Section):
     ] = 512
     default_max_tokens: Annotated[int, Field(ge=1, description="Completion tokens when a request names none.")] = 256
     prefix_caching: Annotated[bool, Field(description="Share KV blocks of equal prefixes.")] = True
+    crash_record: Annotated[
+        Path | None,
+        Field(
+            description="File that knows digests of the requests that run, so that one at which the daemon dies again and again"
+            " is refused. Default: none."
+        ),
+    ] = None
 
 
 class KvCacheSettings(Section):

@@ -34,7 +34,7 @@ from hotgraph_server.observability import Observability
 from hotgraph_server.reloading import reload_settings
 from hotgraph_server.rpc import TRANSITIONS, DaemonState, Lifecycle, RpcServer, ServedModel
 from hotgraph_server.rpc.watch import EventHub
-from hotgraph_server.scheduler import Scheduler, self_test
+from hotgraph_server.scheduler import Scheduler, open_quarantine, self_test
 from hotgraph_server.supervision import Supervision
 from hotgraph_server.systemd import Notifier
 from hotgraph_server.text import ByteTokenizer, Tokenizer
@@ -213,6 +213,8 @@ class Daemon:
         if self._tests_itself:
             self._doing = f"testing {parts.model_id}"
             await self_test(scheduler, parts.tokenizer)
+        # After the self-test, which is a request like others: a daemon that refused its own would never start.
+        scheduler.quarantine = open_quarantine(self.settings.scheduler.crash_record, self._clock)
         served = ServedModel(parts.model_id, parts.engine, parts.tokenizer, scheduler)
         import_profile(self.settings.graphs.profile, served)
         gc.freeze()  # model and libraries are here to stay: no collection has to walk through them
@@ -383,6 +385,8 @@ class Daemon:
             async with asyncio.timeout(CLOSE_SECONDS):
                 if self._scheduler is not None:
                     await self._scheduler.close()
+                    if self._scheduler.quarantine is not None:
+                        self._scheduler.quarantine.close()
                 if self._engine is not None:
                     if self.lifecycle.served is not None:
                         export_profile(self.settings.graphs.profile, self.lifecycle.served)

@@ -140,6 +140,8 @@ _ALL: Final = (
     _gauge("state", "1 for the state that the daemon is in: starting, serving, draining, stopped", "state"),
     _gauge("failed", "1 when the engine has failed and the process is about to end"),
     _seconds("event_loop_lag", "How much later than asked the event loop came round", bounds=SECONDS),
+    _counter("requests_quarantined", "Requests refused because the daemon had died at the same request twice"),
+    _gauge("crash_suspects", "Requests that ran when the daemon died, and are on trial when they come again"),
     _counter("log_lines_lost", "Log lines that were lost because nobody read them in time"),
     _counter("log_lines_summed", "Log lines of bursts, of which only the number was written"),
     Metric("hotgraph_build", "info", "Versions", ("version", "python", "grpc")),

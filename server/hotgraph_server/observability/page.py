@@ -224,6 +224,9 @@ class Page:
         yield _values("hotgraph_state", {state.value: state is lifecycle.state for state in DaemonState})
         yield _value("hotgraph_failed", lifecycle.failure is not None)
         yield _histogram("hotgraph_event_loop_lag_seconds", self._sources.loop_lag.lag)
+        quarantine = None if served is None else served.scheduler.quarantine
+        yield _value("hotgraph_requests_quarantined", 0 if quarantine is None else quarantine.num_refused)
+        yield _value("hotgraph_crash_suspects", 0 if quarantine is None else quarantine.num_suspects)
         counts = log_counts()
         yield _value("hotgraph_log_lines_lost", counts.num_lost)
         yield _value("hotgraph_log_lines_summed", counts.num_summed)

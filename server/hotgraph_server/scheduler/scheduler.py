@@ -35,6 +35,7 @@ from hotgraph_server.scheduler.admission import Admission
 from hotgraph_server.scheduler.blocks import BlockManager
 from hotgraph_server.scheduler.observer import Observer
 from hotgraph_server.scheduler.planner import Plan, Planner
+from hotgraph_server.scheduler.quarantine import Quarantine
 from hotgraph_server.scheduler.sequence import Sequence
 from hotgraph_server.scheduler.slots import SlotPool
 from hotgraph_server.scheduler.status import KvCacheStatus, SchedulerStatus
@@ -73,6 +74,7 @@ class Scheduler:
         # First of all, for whatever a request that comes should find awake.
         self.on_submit: Callable[[], None] | None = None
         self.observer: Observer | None = None
+        self.quarantine: Quarantine | None = None
         self._engine = engine
         self._tokenizer = tokenizer
         self._settings = settings
@@ -139,7 +141,8 @@ class Scheduler:
         """Queues a request and returns its stream at once.
 
         Raises DrainingError, EngineFailedError, DuplicateRequestError, DeadlineError, ContextLengthError, QueueFullError,
-        GraphNotReadyError, NotPossibleError or InvalidRequestError; nothing is kept of a request that was refused.
+        GraphNotReadyError, NotPossibleError or InvalidRequestError, or InternalError for one that is in quarantine; nothing is
+        kept of a request that was refused.
         """
         if self.on_submit is not None:
             self.on_submit()
@@ -163,7 +166,9 @@ class Scheduler:
             self._counts.num_rejected += 1
             raise
         self._admission.check_graphs(request)
+        digest = b"" if self.quarantine is None else self.quarantine.check(request)
         ticket = Ticket(request, self._tokenizer, now, self._cancel)
+        ticket.digest = digest
         self._set_graph_wait(ticket)
         self._set_deadline(ticket)
         self._tickets[request.request_id] = ticket
@@ -275,6 +280,8 @@ class Scheduler:
             for sequence in plan.sequences:
                 if sequence.ticket.first_step_time is None:
                     sequence.ticket.first_step_time = now
+                    if self.quarantine is not None:
+                        self.quarantine.begin(sequence.ticket)
             result = asyncio.ensure_future(self._engine.step(plan.batch))
             result.add_done_callback(self._on_step_done)
             self._in_flight.append(_InFlight(plan, result))
@@ -317,6 +324,8 @@ class Scheduler:
                 self._finish_choice(sequence, event)
         for ticket in tickets.values():
             self._end_if_done(ticket)
+        if self.quarantine is not None:
+            self.quarantine.step_done()
 
     @staticmethod
     def _logprobs(sequence: Sequence, output: StepOutput, index: int) -> list[TokenLogprobs]:
@@ -380,6 +389,9 @@ class Scheduler:
     def _end(self, ticket: Ticket, end: FinishedEvent | HotgraphError, now: float) -> None:
         self._tickets.pop(ticket.request.request_id, None)
         ticket.end(end)
+        # Of a failure it is to be remembered who ran.
+        if self.quarantine is not None and self._failure is None:
+            self.quarantine.end(ticket, end)
         if self.observer is not None:
             self.observer.request_ended(ticket, end, now)
 
@@ -430,13 +442,18 @@ class Scheduler:
             asyncio.get_running_loop().call_later(policy.max_wait_seconds, self._wake.set)
 
     def _may_start(self, sequence: Sequence) -> bool:
-        """Whether its time is not over and it has the graphs that it waits for. Of a loop that was held up, a step's end may
-        come round before the timers that are due."""
+        """Whether its time is not over, it has the graphs that it waits for, and it need not wait for another's trial.
+
+        Of a loop that was held up, a step's end may come round before the timers that are due.
+        """
         ticket = sequence.ticket
         now = self._clock.monotonic()
         deadline = ticket.request.deadline
         if deadline is not None and now >= deadline:
             return False  # its timer ends it
+        return self._graphs_ready(ticket, now) and (self.quarantine is None or self.quarantine.may_start(ticket))
+
+    def _graphs_ready(self, ticket: Ticket, now: float) -> bool:
         if ticket.wait_until is None:
             return True
         if now >= ticket.wait_until or not self._admission.missing_graphs(ticket.request):

@@ -59,6 +59,8 @@ class Ticket:
         self.timer: asyncio.TimerHandle | None = None  # ends it at its deadline
         self.wait_until: float | None = None  # GraphMode.WAIT_UP_TO: admitted without graphs from then on
         self.graphs_ready_time: float | None = None  # when that wait was over
+        self.digest = b""  # of what it asks, where crashes are remembered
+        self.crash_place: int | None = None  # in the crash record, while it runs
         self.stream = RequestStream(request, lambda: on_close(self))
         self.sequences = [Sequence(self, index, tokenizer) for index in request.choice_indices]
         self.is_ended = False
