@@ -50,8 +50,14 @@ RETRY_SECONDS: Final = 1.0
 LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once everything ended
 CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
+CAPTURE_CLOSE_SECONDS: Final = (
+    2.0  # for a capture under way: one that compiles kernels may take a minute, and nobody needs it
+)
 EXIT_SECONDS: Final = 5.0  # from the end of the daemon to that of the process
-END_SECONDS: Final = LAST_WORDS_SECONDS + CONNECTION_GRACE_SECONDS + CLOSE_SECONDS + EXIT_SECONDS  # after the grace
+# After the grace.
+END_SECONDS: Final = (
+    LAST_WORDS_SECONDS + CONNECTION_GRACE_SECONDS + CLOSE_SECONDS + CAPTURE_CLOSE_SECONDS + EXIT_SECONDS
+)
 
 
 class ExitStatus(enum.IntEnum):
@@ -387,12 +393,20 @@ class Daemon:
                     await self._scheduler.close()
                     if self._scheduler.quarantine is not None:
                         self._scheduler.quarantine.close()
-                if self._engine is not None:
-                    if self.lifecycle.served is not None:
-                        export_profile(self.settings.graphs.profile, self.lifecycle.served)
-                    await self._engine.close()
         except TimeoutError:
             logger.error("the engine did not end within %.0f s", CLOSE_SECONDS)
+            return
+        if self._engine is None:
+            return
+        if self.lifecycle.served is not None:
+            export_profile(self.settings.graphs.profile, self.lifecycle.served)
+        try:
+            async with asyncio.timeout(CAPTURE_CLOSE_SECONDS):
+                await self._engine.close()
+        except TimeoutError:
+            logger.warning(
+                "what the engine still does, such as a capture, is abandoned after %.0f s", CAPTURE_CLOSE_SECONDS
+            )
 
     def _keep_awake(self, scheduler: Scheduler, gpu_address: str | None) -> None:
         settings = self.settings.server

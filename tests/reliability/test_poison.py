@@ -58,8 +58,10 @@ async def ask(caller: Caller, text: str) -> WireError | None:
 
 
 async def live(folder: Path, waiting: set[str], action: str, at: int, **scheduler: Any) -> tuple[WireError | None, Any]:
-    """One life, in which the poison and all who wait are sent at once. Who is served is taken out of `waiting`. The answer to the
-    poison, and the exit status, None for a life that goes on."""
+    """One life, in which the poison and all who wait are sent at once; who is served is taken out of `waiting`.
+
+    The answer to the poison, and the exit status, None for a life that goes on.
+    """
     statement, _ = ACTIONS[action]
     more = TRAP.format(poison=POISON.encode(), at=at, action=statement)
     async with (

@@ -52,8 +52,8 @@ class CrashRecord:
     """The open file. It belongs to one process at a time, and one thread of it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError when the file cannot be had whole, as on a full disk or while another process has it, and ValueError for
-        a file that is none of ours, which is left as it is."""
+        """Raises OSError when the file cannot be had whole, as on a full disk or while another process has it, and ValueError
+        for a file that is none of ours, which is left as it is."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
