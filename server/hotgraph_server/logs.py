@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 import threading
@@ -49,6 +50,7 @@ BURST_LINES: Final = 20  # of one kind within BURST_SECONDS are written; what co
 BURST_SECONDS: Final = 1.0
 MAX_KINDS: Final = 512  # of lines that are told apart; when there are more, all are forgotten and counted anew
 MAX_NAME_CHARACTERS: Final = 200
+LAST_LINES_SECONDS: Final = 2.0  # for what is queued when logging ends; a reader that is later does not read
 
 # What our own lines carry besides their text: facts about a call, never of its message.
 EXTRA_FIELDS: Final = ("client", "code", "graph", "incident", "method", "reason", "request_id", "seconds")
@@ -187,22 +189,52 @@ class _Writer(logging.Handler):
     def __init__(self, stream: TextIO, queue_handler: BoundedQueueHandler, is_json: bool) -> None:
         super().__init__()
         self._stream = stream
+        try:
+            self._file: int | None = stream.fileno()
+        except (OSError, ValueError):  # it is in memory, or closed
+            self._file = None
         self._queue_handler = queue_handler
         self._is_json = is_json
+
+    def createLock(self) -> None:  # noqa: N802  (the library's name)
+        """None: one thread writes, and the interpreter's end would wait for it."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
         num_dropped = self._queue_handler.take_dropped()
         try:
             if num_dropped:
                 notice = {"event": "log lines dropped", "level": "warning", "num_dropped": num_dropped}
-                self._stream.write(
-                    (json.dumps(notice) if self._is_json else f"log lines dropped: {num_dropped}") + "\n"
-                )
-            self._stream.write(record.getMessage() + "\n")
-            self._stream.flush()
+                self._write(json.dumps(notice) if self._is_json else f"log lines dropped: {num_dropped}")
+            self._write(record.getMessage())
         except (OSError, ValueError):
             # The reader of the log is gone. There is nobody left to tell, and serving goes on.
             self._queue_handler.count_dropped()
+
+    def _write(self, line: str) -> None:
+        """Not through the stream where there is a file: stuck in a write it would hold a lock that the interpreter wants when
+        it ends, and the process would be aborted for it."""
+        if self._file is None:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+            return
+        data = (line + "\n").encode(errors="replace")
+        while data:
+            data = data[os.write(self._file, data) :]
+
+
+class _Listener(logging.handlers.QueueListener):
+    """The queue's thread, which is left behind when it is stuck in a write."""
+
+    def stop(self) -> None:
+        """What is queued is written, if that takes no longer than LAST_LINES_SECONDS."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        end = time.monotonic() + LAST_LINES_SECONDS
+        with contextlib.suppress(queue.Full):  # nobody reads
+            self.queue.put(None, timeout=LAST_LINES_SECONDS)  # type: ignore[attr-defined]  # None ends it; ours can wait
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +290,7 @@ def set_level(name: str) -> None:
 def logging_to(settings: LoggingSettings, stream: TextIO | None = None) -> Iterator[None]:
     """Logging as `settings` say, to `stream` (default: standard error), until the context ends.
 
-    The end writes all that is queued and puts back what was set up before. One at a time in a process.
+    The end writes what is queued, if somebody reads it, and puts back what was set up before. One at a time in a process.
     """
     stream = sys.stderr if stream is None else stream
     is_terminal = stream.isatty()
@@ -272,7 +304,7 @@ def logging_to(settings: LoggingSettings, stream: TextIO | None = None) -> Itera
     handler.setFormatter(formatter)
     bursts = BurstFilter()
     handler.addFilter(bursts)
-    listener = logging.handlers.QueueListener(lines, _Writer(stream, handler, is_json))
+    listener = _Listener(lines, _Writer(stream, handler, is_json))
 
     root = logging.getLogger()
     before = (root.handlers[:], root.level, {name: logging.getLogger(name).level for name in _QUIET_LIBRARIES})

@@ -100,7 +100,7 @@ async def test_a_spinner_that_stays_is_noticed(tmp_path: Path) -> None:
 
 
 async def test_the_daemon_serves_on_without_its_spinner() -> None:
-    """When the child is killed the daemon says so, and serves; nothing of it is left, and nothing keeps the daemon from ending."""
+    """When the child is killed the daemon says so, and serves; nothing of it is left, and the daemon ends well."""
     async with victim(sections=AWAKE) as daemon, Caller(daemon.address) as caller:
         child = await spinner_of(daemon)
         os.kill(child, signal.SIGKILL)

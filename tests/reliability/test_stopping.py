@@ -65,25 +65,28 @@ async def ended_after(running: Process, seconds: float, *, status: int = 0) -> f
 
 async def second_signal(num_signals: int) -> float:
     """Streams that go on for long, of which eight are not read, a grace of ten minutes, and so many signals."""
-    async with victim(sections={"server": {"drain_grace_seconds": 600.0}}, step_seconds=0.02) as daemon:
-        async with Caller(daemon.address) as caller, wire(daemon.address, reads=False, window_bytes=0) as silent:
-            message = GenerateRequest(text="x", max_tokens=1000)
-            for _ in range(8):
-                silent.call(GENERATE, message.SerializeToString())
-            calls = [caller.inference.Generate(message) for _ in range(20)]
-            for call in calls:
-                await call.read()
+    async with (
+        victim(sections={"server": {"drain_grace_seconds": 600.0}}, step_seconds=0.02) as daemon,
+        Caller(daemon.address) as caller,
+        wire(daemon.address, reads=False, window_bytes=0) as silent,
+    ):
+        message = GenerateRequest(text="x", max_tokens=1000)
+        for _ in range(8):
+            silent.call(GENERATE, message.SerializeToString())
+        calls = [caller.inference.Generate(message) for _ in range(20)]
+        for call in calls:
+            await call.read()
+        daemon.process.signal(signal.SIGTERM)
+        await daemon.process.logged("draining")
+        ends = [asyncio.create_task(refused(read_all(call))) for call in calls]
+        await asyncio.sleep(0.3)
+        assert not any(end.done() for end in ends)
+        for _ in range(num_signals - 1):
             daemon.process.signal(signal.SIGTERM)
-            await daemon.process.logged("draining")
-            ends = [asyncio.create_task(refused(read_all(call))) for call in calls]
-            await asyncio.sleep(0.3)
-            assert not any(end.done() for end in ends)
-            for _ in range(num_signals - 1):
-                daemon.process.signal(signal.SIGTERM)
-            taken = await ended_after(daemon.process, SECOND_SECONDS)
-            for end in await asyncio.gather(*ends):
-                assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-            return taken
+        taken = await ended_after(daemon.process, SECOND_SECONDS)
+        for end in await asyncio.gather(*ends):
+            assert (end.code, end.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        return taken
 
 
 async def read_all(call: Any) -> None:

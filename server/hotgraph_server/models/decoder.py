@@ -306,6 +306,10 @@ class _Builder:
             self._sizes[name] = tensor.numel()
         if tensor.shape != size:
             raise ModelLoadError(f"the weight {name!r} is {tuple(tensor.shape)}, the config says {size}")
+        if not tensor.is_floating_point():
+            raise ModelLoadError(
+                f"the weight {name!r} is of type {tensor.dtype}, where numbers with a fraction are needed"
+            )
         return tensor
 
     def _check_leftovers(self) -> None:
