@@ -173,6 +173,7 @@ class Daemon:
             engine_moved_at=lambda: None if self._scheduler is None else self._scheduler.engine_moved_at,
         )
         self._rpc = RpcServer(settings, self.lifecycle, clock=self._clock, drain=self.drain)
+        self._rpc.on_failure = self._on_failure
         self.observability = Observability(settings, self.lifecycle, self._rpc)
         self._engine: Engine | None = None
         self._scheduler: Scheduler | None = None

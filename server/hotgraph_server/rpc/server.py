@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from hotgraph.v1 import (
     inference_service_pb2_grpc,
 )
 from hotgraph_server.config import ServerSettings, Settings
-from hotgraph_server.errors import SettingsError
+from hotgraph_server.errors import HotgraphError, SettingsError
 from hotgraph_server.rpc.access import Access
 from hotgraph_server.rpc.addresses import (
     TcpAddress,
@@ -82,6 +84,7 @@ ABSOLUTE_MAX_METADATA_BYTES: Final = 16 * KIB
 # Calls that never send their message hold a place until their connection is renewed.
 MAX_CONNECTION_AGE_MS: Final = 30 * 60 * 1000
 CONNECTION_AGE_GRACE_EXTRA_MS: Final = 60_000
+LET_GO_SECONDS: Final = 5.0  # for a server that ended by itself to let go of its addresses
 
 
 def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
@@ -136,25 +139,32 @@ class RpcServer:
         self._health = HealthServicer([OVERALL, *OUR_SERVICES, WARM])
         self._held = HeldCredentials(Credentials())
         self._calls = ActiveCalls()
-        self._guards: list[Guard] = []
+        self._guards: dict[int, Guard] = {}  # by server
+        self._observer: CallObserver | None = None
+        self._loops: list[asyncio.Future[Any]] = []  # of the servers: done when one has ended, for whatever reason
+        self._keepers: list[asyncio.Task[None]] = []
+        self._endings: set[asyncio.Task[None]] = set()  # of servers that were replaced
+        self._is_stopping = False
+        self.on_failure: Callable[[HotgraphError], None] | None = None
         has_admin_listener = bool(settings.server.admin_listen)
-        self._server = self._make_server(Access(self._held, settings.server, serves_admin=not has_admin_listener))
-        self._admin_server: grpc.aio.Server | None = None
+        self._access = [Access(self._held, settings.server, serves_admin=not has_admin_listener)]
         if has_admin_listener:
-            self._admin_server = self._make_server(Access(self._held, settings.server, is_admins_own=True))
+            self._access.append(Access(self._held, settings.server, is_admins_own=True))
+        self._servers = [self._make_server(index) for index in range(len(self._access))]
         self._claims = ExitStack()
         self.addresses: tuple[str, ...] = ()
 
-    def _make_server(self, access: Access) -> grpc.aio.Server:
-        """A server of all services, for the addresses that `access` decides for."""
+    def _make_server(self, index: int) -> grpc.aio.Server:
+        """A server of all services, for the addresses that the access of this number decides for."""
         guard = Guard(
             OUR_SERVICES,
-            authorise=access.authorise,
+            authorise=self._access[index].authorise,
             admit=self._admit,
             max_message_bytes=self._settings.server.max_message_bytes,
             calls=self._calls,
         )
-        self._guards.append(guard)
+        guard.observer = self._observer
+        self._guards[index] = guard
         made = grpc.aio.server(interceptors=(guard,), options=channel_options(self._settings.server))
         server: Any = _WithoutRegistration(made)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
@@ -179,12 +189,11 @@ class RpcServer:
         check_exposure([*addresses, *admin_addresses], server)
         self._held.current = self.load_credentials()
         try:
-            bound = [self._bind(self._server, address, server.socket_access) for address in addresses]
-            if self._admin_server is not None:
-                bound += [self._bind(self._admin_server, address, "owner") for address in admin_addresses]
-            self.addresses = tuple(bound)
-            for listening in self._servers:
-                await listening.start()
+            bound = [[self._bind(self._servers[0], address, server.socket_access) for address in addresses]]
+            if len(self._servers) > 1:
+                bound.append([self._bind(self._servers[1], address, "owner") for address in admin_addresses])
+            self.addresses = tuple(address for each in bound for address in each)
+            self._loops = [await _started(listening) for listening in self._servers]
         except BaseException:
             for listening in self._servers:
                 await listening.stop(None)
@@ -194,9 +203,61 @@ class RpcServer:
         if current.tls is not None or current.tokens is not None:
             logger.info("TCP addresses: %s", ", ".join(_demands(current)))
 
-    @property
-    def _servers(self) -> tuple[grpc.aio.Server, ...]:
-        return (self._server,) if self._admin_server is None else (self._server, self._admin_server)
+        modes = (server.socket_access, "owner")
+        self._keepers = [
+            asyncio.get_running_loop().create_task(self._keep(index, each, modes[index]), name="listening")
+            for index, each in enumerate(bound)
+        ]
+
+    async def _keep(self, index: int, addresses: Sequence[str], socket_access: str) -> None:
+        """Makes a server anew whose loop ends by itself, on the same addresses. Calls of the old one go on.
+
+        gRPC's own loop ends when it meets a path that is not UTF-8, which any peer can send before it is asked who it is
+        (1.85.1). One that cannot be made anew is a failure of the daemon.
+        """
+        while True:
+            await asyncio.wait([self._loops[index]])
+            if self._is_stopping:
+                return
+            logger.error("gRPC's server ended by itself: it is made anew")
+            old = self._servers[index]
+            try:
+                made = self._make_server(index)
+                for address in map(parse_address, addresses):
+                    await self._bind_again(made, address, socket_access)
+                self._servers[index] = made
+                self._loops[index] = await _started(made)
+            except HotgraphError as error:
+                logger.critical("nothing listens on %s any more: %s", ", ".join(addresses), error.message)
+                if self.on_failure is not None:
+                    self.on_failure(error)
+                return
+            finally:
+                ending = asyncio.get_running_loop().create_task(old.stop(self._settings.server.max_request_seconds))
+                self._endings.add(ending)
+                ending.add_done_callback(self._forget_ending)
+            if self._is_stopping:
+                await made.stop(None)
+
+    def _forget_ending(self, ending: asyncio.Task[None]) -> None:
+        self._endings.discard(ending)
+        if not ending.cancelled() and (error := ending.exception()) is not None:
+            logger.debug("a server that had ended by itself: %s", type(error).__name__)
+
+    async def _bind_again(self, server: grpc.aio.Server, address: UnixAddress | TcpAddress, access: str) -> None:
+        """As soon as the old server has let go of the address, which it does by itself. Raises what `_bind` does."""
+        end = asyncio.get_running_loop().time() + LET_GO_SECONDS
+        while True:
+            is_late = asyncio.get_running_loop().time() > end
+            # It removes its socket's path, and would remove that of the new one.
+            is_free = not isinstance(address, UnixAddress) or not os.path.exists(address.path)  # noqa: ASYNC240  (one look)
+            if is_free or is_late:
+                with private_umask(access if isinstance(address, UnixAddress) else "owner"):
+                    if self._add_port(server, address):
+                        return
+                if is_late:
+                    raise bind_error(address) if isinstance(address, TcpAddress) else SettingsError(str(address))
+            await asyncio.sleep(0.002)
 
     def _bind(self, server: grpc.aio.Server, address: UnixAddress | TcpAddress, access: str) -> str:
         if isinstance(address, UnixAddress):
@@ -248,7 +309,8 @@ class RpcServer:
 
     def observe(self, observer: CallObserver) -> None:
         """Has it hear of every call of our services from now on."""
-        for guard in self._guards:
+        self._observer = observer
+        for guard in self._guards.values():
             guard.observer = observer
 
     def set_warm(self) -> None:
@@ -270,12 +332,36 @@ class RpcServer:
 
     async def stop(self, grace_seconds: float) -> None:
         """Listens no more; what is left after the grace is cut off. Sockets are removed."""
+        self._is_stopping = True
         self.end_watchers()
         try:
             await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
+            for ending in self._endings:
+                ending.cancel()
+            if self._keepers:
+                await asyncio.wait(self._keepers)
         finally:
             self._inference.close()
             self._claims.close()
+
+
+async def _started(server: grpc.aio.Server) -> asyncio.Task[Any]:
+    """Starts it. Returns the task of its own loop, the first that starting makes: gRPC tells nobody when that ends."""
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    found: list[asyncio.Task[Any]] = []
+
+    def make(loop: asyncio.AbstractEventLoop, work: Any, **more: Any) -> asyncio.Task[Any]:
+        loop.set_task_factory(before)
+        found.append(loop.create_task(work, **more))
+        return found[0]
+
+    loop.set_task_factory(make)
+    try:
+        await server.start()
+    finally:
+        loop.set_task_factory(before)
+    return found[0]
 
 
 def _demands(credentials: Credentials) -> list[str]:
