@@ -11,7 +11,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import grpc.aio
 import pytest
@@ -198,7 +198,7 @@ async def test_a_path_that_is_no_text_ends_nothing_for_long() -> None:
     kinds of addresses, and nothing of the old servers stays."""
     for is_tcp in (True, False):
         async with victim(is_tcp=is_tcp) as daemon, Caller(daemon.address) as before:
-            stream = before.inference.Generate(GenerateRequest(text="x", max_tokens=100))
+            stream: Any = before.inference.Generate(GenerateRequest(text="x", max_tokens=100))
             await stream.read()
             longest = 0.0
             num_files = 0
