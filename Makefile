@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
 .PHONY: help demo install protos protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
 	test-clients test-interop test-client-python test-client-cpp test-client-go test-client-java test-client-node test-client-rust \
-	check-cpp check-go check-java check-node check-rust test-gpu test-soak bench bench-gpu bench-kernels sbom audit \
+	check-cpp check-go check-java check-node check-rust test-gpu sanitize test-soak bench bench-gpu bench-kernels sbom audit \
 	clean
 
 help: ## list what one can do
@@ -135,6 +135,13 @@ test-gpu: $(GPU_NEEDS) ## the tests that need an NVIDIA GPU
 
 bench: $(VENV)/.dev protos ## tokens a second against transformers' generate, on this machine
 	$(BIN)/hotgraph bench --compare-transformers $(BENCH_ARGUMENTS)
+
+# Products take barriers, the ring of copies and early starts all together. Racecheck on attention reports what docs/kernels.md tells.
+SANITIZED ?= tests/gpu/test_few_rows.py::test_odd_sizes tests/gpu/test_tile_rows.py::test_odd_sizes
+sanitize: $(GPU_NEEDS) ## on an NVIDIA GPU: the kernels of products under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+	  $(firstword $(GPU_PYTHON)) PATH=$$PATH:/usr/local/cuda/bin compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(lastword $(GPU_PYTHON)) -m pytest -m gpu -p no:cacheprovider $(SANITIZED) || exit 1; done
 
 bench-gpu: $(GPU_NEEDS) ## on an NVIDIA GPU: latency, what captures cost, ten minutes of storm; raw results to GPU_RESULTS
 	$(GPU_PYTHON) -m benchmarks.gpu.latency --grpc --out $(GPU_RESULTS)/latency.json

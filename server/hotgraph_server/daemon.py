@@ -50,9 +50,7 @@ RETRY_SECONDS: Final = 1.0
 LAST_WORDS_SECONDS: Final = 1.0  # for statuses on their way to callers once everything ended
 CONNECTION_GRACE_SECONDS: Final = 0.5  # for what else is open then
 CLOSE_SECONDS: Final = 10.0  # for a step in flight; an engine that takes longer hangs
-CAPTURE_CLOSE_SECONDS: Final = (
-    2.0  # for a capture under way: one that compiles kernels may take a minute, and nobody needs it
-)
+CAPTURE_CLOSE_SECONDS: Final = 2.0  # for a capture under way: it may take a minute, and nobody needs it any more
 EXIT_SECONDS: Final = 5.0  # from the end of the daemon to that of the process
 # After the grace.
 END_SECONDS: Final = (
