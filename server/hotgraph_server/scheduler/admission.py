@@ -33,12 +33,15 @@ class Admission:
         if num_prompt_tokens + request.max_tokens > limit:
             raise ContextLengthError(limit=limit, prompt_tokens=num_prompt_tokens, max_tokens=request.max_tokens)
 
-    def check_room(self, num_new: int, *, num_running: int, num_waiting: int) -> None:
-        """Raises QueueFullError when so many more sequences would exceed slots and queue."""
-        if num_running + num_waiting + num_new <= self._engine.info.num_slots + self._settings.max_waiting:
-            return
-        raise QueueFullError(
-            f"{num_waiting} sequences wait already, {self._settings.max_waiting} may",
+    def num_missing(self, num_new: int, *, num_running: int, num_waiting: int) -> int:
+        """How many places slots and queue lack for so many more sequences; 0 or less: there is room."""
+        return num_running + num_waiting + num_new - self._engine.info.num_slots - self._settings.max_waiting
+
+    def queue_full(self, num_waiting: int, *, gives_way: bool = False) -> QueueFullError:
+        """What who finds no place is told. `gives_way`: they had one, and somebody of whom less waits has it now."""
+        told = "and most of them are this caller's: others come first" if gives_way else "already"
+        return QueueFullError(
+            f"{num_waiting} sequences wait {told}, {self._settings.max_waiting} may",
             retry_after_seconds=self.retry_after_seconds(num_waiting),
         )
 

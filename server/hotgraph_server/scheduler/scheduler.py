@@ -156,19 +156,13 @@ class Scheduler:
         if request.deadline is not None and request.deadline <= now:
             raise self._deadline_error(request)
         self._admission.check_fits(request)
-        try:
-            self._admission.check_room(
-                len(request.choice_indices),
-                num_running=self._planner.slots.num_used,
-                num_waiting=len(self._planner.waiting),
-            )
-        except QueueFullError:
-            self._counts.num_rejected += 1
-            raise
+        leaving = self._who_gives_way(request)
         self._admission.check_graphs(request)
         digest = b"" if self.quarantine is None else self.quarantine.check(request)
         ticket = Ticket(request, self._tokenizer, now, self._cancel)
         ticket.digest = digest
+        for other in leaving:
+            self._abort(other, self._admission.queue_full(len(self._planner.waiting), gives_way=True))
         self._set_graph_wait(ticket)
         self._set_deadline(ticket)
         self._tickets[request.request_id] = ticket
@@ -181,6 +175,35 @@ class Scheduler:
         self._end_if_done(ticket)
         self._wake.set()
         return ticket.stream
+
+    def _who_gives_way(self, request: Request) -> list[Ticket]:
+        """Whose places in a full queue the request takes, which is nobody's when there is room.
+
+        They are the last that came of the caller of whom most wait, who then still has no less than the newcomer. Raises
+        QueueFullError when that is not to be had.
+        """
+        waiting, num_new = self._planner.waiting, len(request.choice_indices)
+        num_missing = self._admission.num_missing(
+            num_new, num_running=self._planner.slots.num_used, num_waiting=len(waiting)
+        )
+        leaving: dict[str, Ticket] = {}
+        num_gained = 0
+        greediest = waiting.fullest() if num_missing > 0 else None
+        for sequence in () if greediest is None else waiting.newest_of(greediest):
+            if num_gained >= num_missing:
+                break
+            ticket = sequence.ticket
+            # What has begun is not thrown away.
+            if ticket.first_step_time is None and ticket.request.request_id not in leaving:
+                leaving[ticket.request.request_id] = ticket
+                num_gained += sum(not each.is_finished for each in ticket.sequences)
+        is_fair = greediest is not None and (
+            waiting.num_of(greediest) - num_gained >= waiting.num_of(request.client) + num_new
+        )
+        if num_missing > 0 and not (num_gained >= num_missing and is_fair):
+            self._counts.num_rejected += 1
+            raise self._admission.queue_full(len(waiting))
+        return list(leaving.values())
 
     def drain(self) -> None:
         """Admits no more; what runs or waits goes on."""
@@ -373,6 +396,8 @@ class Scheduler:
             return
         if isinstance(error, CancelledRequestError):
             self._counts.num_cancelled += 1
+        elif isinstance(error, QueueFullError):
+            self._counts.num_rejected += 1
         elif isinstance(error, DeadlineError):
             self._counts.num_expired += 1
         else:

@@ -74,6 +74,18 @@ class WaitingQueue(Generic[WaiterT]):
         assert best is not None, "nobody waits"
         return next(iter(best.values()))
 
+    def num_of(self, client: str) -> int:
+        """How many of a caller's wait for their turn."""
+        return len(self._of_client.get(client, ()))
+
+    def fullest(self) -> str | None:
+        """The caller of whom most wait for their turn; None when nobody does."""
+        return max(self._of_client, key=self.num_of, default=None)
+
+    def newest_of(self, client: str) -> Iterator[WaiterT]:
+        """A caller's that wait for their turn, the last that came first."""
+        return reversed(self._of_client.get(client, OrderedDict()).values())
+
     def remove(self, waiter: WaiterT, *, is_turn: bool = False) -> None:
         """Takes it out, wherever it stands. `is_turn`: its caller's turn is over."""
         self._num -= 1

@@ -23,6 +23,7 @@ from hotgraph_server.errors import (
     GraphNotReadyError,
     HotgraphError,
     InternalError,
+    InvalidRequestError,
     QueueFullError,
     ServerTimeLimitError,
 )
@@ -247,6 +248,43 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(house: Make) -> N
         await read(stream)
     await read(made.scheduler.submit(request("r3")))
     assert made.scheduler.status().num_rejected == 1
+
+
+async def test_in_a_full_queue_the_greediest_gives_way(house: Make) -> None:
+    """Of a full queue everybody may have as much as others: the last that came of whom most wait is told to come back."""
+    made = await house(num_slots=1, settings={"max_waiting": 5}, step_seconds=0.001)
+    greedy = [made.scheduler.submit(request(f"g{index}", max_tokens=4, client="greedy")) for index in range(6)]
+    made.scheduler.advance()  # the first has the slot
+    modest = [made.scheduler.submit(request("m0", max_tokens=4, client="modest"))]
+    modest.append(made.scheduler.submit(request("m1", max_tokens=4, client="modest")))
+    for wanted in (request("m2", client="modest"), request("g6", client="greedy"), request("two", num_choices=3)):
+        with pytest.raises(QueueFullError, match="wait already"):
+            made.scheduler.submit(wanted)
+    for stream in greedy[4:]:
+        with pytest.raises(QueueFullError, match="this caller's") as caught:
+            await read(stream)
+        assert caught.value.retry_after_seconds > 0
+    for stream in [*greedy[:4], *modest]:
+        await read(stream)
+    status = made.scheduler.status()
+    assert (status.num_rejected, status.num_failed, status.num_finished) == (5, 0, 6)
+    assert_all_free(made)
+
+
+async def test_a_full_queue_loses_nobody_to_a_request_that_is_refused(house: Make) -> None:
+    """Who would give way stays when the newcomer cannot be taken for another reason."""
+    made = await house(num_slots=1, settings={"max_waiting": 3}, step_seconds=0.001)
+    greedy = [made.scheduler.submit(request(f"g{index}", max_tokens=4, client="greedy")) for index in range(4)]
+    made.scheduler.advance()
+    bad = request(
+        "m0", max_tokens=8, client="modest", resume={0: (104, 0, 101)}, stop=StopParams(token_ids=frozenset({0}))
+    )
+    with pytest.raises(InvalidRequestError):
+        made.scheduler.submit(bad)
+    with pytest.raises(GraphNotReadyError):
+        made.scheduler.submit(request("m1", client="modest", graph_policy=GraphPolicy(GraphMode.REQUIRE)))
+    for stream in greedy:
+        await read(stream)
 
 
 async def test_a_request_id_in_flight_is_refused(house: Make) -> None:

@@ -104,3 +104,18 @@ def test_shares_are_even(clients: list[str], num_slots: int) -> None:
         least = min((running[one.ticket.request.client] for one in queue), default=None)
         if least is not None:
             assert max(running.values()) - least <= 1
+
+
+def test_the_fullest_is_whose_requests_are_most() -> None:
+    """Those that gave way once count for nobody; the newest of a caller comes first."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    assert queue.fullest() is None
+    ones = [waiting(client) for client in "abbcbc"]
+    for one in ones:
+        queue.append(one)
+    for _ in range(4):
+        queue.push_front(waiting("c"))
+    assert queue.fullest() == "b"
+    assert [queue.num_of(client) for client in "abcd"] == [1, 3, 2, 0]
+    assert list(queue.newest_of("b")) == [ones[4], ones[2], ones[1]]
+    assert list(queue.newest_of("d")) == []
