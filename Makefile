@@ -17,7 +17,7 @@ AUDIT := .tools/audit
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install protos protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
+.PHONY: help demo install protos protos-clients protos-cpp protos-go protos-java protos-node protos-rust vectors fmt check contract test \
 	test-clients test-interop test-client-python test-client-cpp test-client-go test-client-java test-client-node test-client-rust \
 	check-cpp check-go check-java check-node check-rust test-gpu sanitize test-soak bench bench-gpu bench-kernels sbom audit \
 	clean
@@ -32,6 +32,8 @@ install: $(VENV)/.dev ## set up .venv with the package, its stubs and all tools
 
 protos: $(VENV)/.dev ## generate the Python stubs again after an edit of protos/
 	@$(BIN)/python hatch_build.py
+
+protos-clients: protos protos-cpp protos-go protos-java protos-node protos-rust ## generate the stubs of all languages again
 
 protos-cpp: ## generate the C++ stubs, which CMake does in every build: they fit one release of protobuf alone
 	@clients/cpp/generate.sh

@@ -21,7 +21,7 @@ cd "$root/protos"
 "$python" -m grpc_tools.protoc --proto_path=. --include_imports --descriptor_set_out="$out/v1/descriptors.binpb" \
     hotgraph/v1/*.proto
 cp "$here/generate/src/main.rs" "$out/generator"
-grep -A 1 -E '^name = "(prettyplease|prost-build|tonic-build|tonic-prost-build)"$' "$here/Cargo.lock" > "$out/versions"
+grep -A 1 -E '^name = "(prettyplease|prost-build|tonic-build|tonic-prost-build)"$' "$here/versions.lock" > "$out/versions"
 
 # Of the folder in $1.
 sums() { (cd "$out" && sha256sum generator versions with_comments && cd "$1" && sha256sum descriptors.binpb hotgraph.v1.rs); }
@@ -31,6 +31,7 @@ if [ "${1:-}" = --check ]; then
     echo "clients/rust/src/v1 is not what the protos give: run make protos-rust" >&2
     exit 1
 fi
+"$here/lock.sh"
 (cd "$here" && cargo run --locked --quiet --package hotgraph-generate -- "$out/with_comments" "$out/v1")
 sums "$out/v1" > "$out/sums"
 mv "$out/sums" "$out/v1/sums"

@@ -3,10 +3,7 @@
 # tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-command -v cargo >/dev/null || {
-    echo "the Rust client needs cargo and Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer on PATH" >&2
-    exit 1
-}
+./lock.sh
 cargo fmt --check
 cargo test --locked --quiet --all-features --all-targets -- "$@"
 cargo test --locked --quiet --all-features --doc
