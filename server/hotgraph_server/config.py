@@ -112,6 +112,14 @@ class ServerSettings(Section):
     max_message_bytes: Annotated[int, Field(ge=64 * 1024, le=256 * MIB, description="One message, either way.")] = (
         4 * MIB
     )
+    max_connection_streams: Annotated[
+        int,
+        Field(
+            ge=16,
+            le=65536,
+            description="Calls that one connection may have open; allow twice what a client needs. Fewer bear floods better.",
+        ),
+    ] = 1024
     max_request_seconds: Annotated[float, Field(gt=0, le=86400, description="One request, from arrival.")] = 600.0
     drain_grace_seconds: Annotated[float, Field(ge=0, le=3600, description="For what runs when asked to stop.")] = 30.0
     reflection: Annotated[bool, Field(description="Serve gRPC server reflection.")] = True

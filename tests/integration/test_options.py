@@ -62,8 +62,9 @@ async def test_burst_on_one_connection_is_served_or_refused_clearly() -> None:
 
 async def test_calls_beyond_the_stream_limit_may_come_back() -> None:
     """Far more calls than one connection may hold: the library refuses some with UNAVAILABLE, never with CANCELLED."""
-    limit = server.MAX_CONCURRENT_STREAMS
-    async with serving(scheduler={"num_slots": 8, "max_waiting": 4 * limit}) as served:
+    limit = 256
+    few_slots = {"num_slots": 8, "max_waiting": 4 * limit}
+    async with serving(server={"max_connection_streams": limit}, scheduler=few_slots) as served:
         await served.check_alive()
 
         async def one() -> str:

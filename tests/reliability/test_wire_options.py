@@ -22,6 +22,7 @@ CHECK: Final = "/grpc.health.v1.Health/Check"
 COMPLETE: Final = "/hotgraph.v1.InferenceService/Complete"
 TCP: Final = {"listen": ("127.0.0.1:0",)}
 UNCHANGED = server.channel_options
+MAX_STREAMS: Final = ServerSettings().max_connection_streams
 
 # The daemon under test runs in this process: what is shown here is that an option acts, not how fast.
 
@@ -58,13 +59,13 @@ async def test_max_concurrent_streams(monkeypatch: pytest.MonkeyPatch, is_set: b
         if not is_set:
             assert connection.max_streams > 1_000_000
             return
-        assert connection.max_streams == server.MAX_CONCURRENT_STREAMS
+        assert connection.max_streams == MAX_STREAMS
         connection.h2.remote_settings.max_concurrent_streams = 1 << 20  # h2 would obey it
         connection.h2.remote_settings.acknowledge()
-        streams = [connection.call(COMPLETE, None) for _ in range(server.MAX_CONCURRENT_STREAMS + 50)]
+        streams = [connection.call(COMPLETE, None) for _ in range(MAX_STREAMS + 50)]
         await eventually(lambda: len(connection.reset_codes) >= 50)
         assert set(connection.reset_codes.values()) == {int(h2.errors.ErrorCodes.REFUSED_STREAM)}
-        assert set(connection.reset_codes) == set(streams[server.MAX_CONCURRENT_STREAMS :])
+        assert set(connection.reset_codes) == set(streams[MAX_STREAMS:])
         await served.check_alive()
 
 

@@ -59,9 +59,6 @@ KIB: Final = 1024
 # gRPC ignores an option it does not know, so each of these is provoked on the wire by a test.
 # A second daemon must fail to bind, not share the port silently.
 SO_REUSEPORT: Final = 0
-# At least twice what one client may hold open: at the limit a well-behaved client's new streams are refused. It stops
-# rapid-reset floods; admission is the scheduler's.
-MAX_CONCURRENT_STREAMS: Final = 1024
 # Bursts beyond these come back as CANCELLED, which no client retries.
 MAX_PENDING_REQUESTS: Final = 8192
 MAX_PENDING_REQUESTS_HARD_LIMIT: Final = 16384
@@ -91,7 +88,9 @@ def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
     """Options of the server, by their names in the library."""
     return [
         ("grpc.so_reuseport", SO_REUSEPORT),
-        ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        # Twice what one client may hold open: near the limit even a well-behaved client's new streams are refused. It stops
+        # rapid-reset floods, the better the lower it is; admission is the scheduler's.
+        ("grpc.max_concurrent_streams", settings.max_connection_streams),
         ("grpc.server.max_pending_requests", MAX_PENDING_REQUESTS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_REQUESTS_HARD_LIMIT),
         ("grpc.server_handshake_timeout_ms", SERVER_HANDSHAKE_TIMEOUT_MS),
