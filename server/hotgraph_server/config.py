@@ -115,7 +115,7 @@ class ServerSettings(Section):
     max_connection_streams: Annotated[
         int,
         Field(
-            ge=16,
+            ge=1,
             le=65536,
             description="Calls that one connection may have open; allow twice what a client needs. Fewer bear floods better.",
         ),
