@@ -19,6 +19,7 @@ from benchmarks.paper.tables import write_tables
 
 COMMANDS: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "ttft": compare.ttft,
+    "ttft-long": compare.ttft_long,
     "decode": compare.decode,
     "captures": coverage.captures,
     "rolling": coverage.rolling,
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", type=lambda text: tuple(text.split(",")), default=tuple(MODES))
     parser.add_argument("--lengths", type=numbers, default=(10, *range(50, 501, 50)), help="prompt tokens")
     parser.add_argument("--iterations", type=int, default=5, help="for the mean of TTFT")
-    parser.add_argument("--p99-iterations", type=int, default=100, help="for its p99; the paper's long run has 1000")
+    parser.add_argument("--p99-iterations", type=int, default=100, help="for its p99")
+    parser.add_argument("--long-lengths", type=numbers, default=(10, 100, 500), help="prompt tokens of the long run")
+    parser.add_argument("--long-iterations", type=int, default=1000, help="of the long run")
     parser.add_argument("--gap-ms", type=float, default=30.0, help="between lone requests")
     parser.add_argument("--repeats", type=int, default=3, help="warm passes of decoding")
     parser.add_argument("--decode-from", type=int, default=10, help="prompt tokens of the decode table")

@@ -18,19 +18,9 @@ from benchmarks.paper.tables import Cell, Table
 async def ttft(bench: Bench) -> None:
     """TTFT of every mode at every length: `--iterations` for the mean, `--p99-iterations` for the tail."""
     arguments = bench.arguments
-    modes: dict[str, Any] = {}
-    tokens: dict[str, dict[int, int]] = {}
-    for name in arguments.modes:
-        try:
-            async with MODES[name](bench) as mode:
-                tokens[name] = {}
-                modes[name] = {"lengths": await _ttft_of(bench, name, mode, tokens[name])}
-        except (NotRunError, RuntimeError) as error:
-            modes[name] = _not_run(bench, name, error)
-            tokens.pop(name, None)
-    bench.report.results["ttft"] = modes
-    _check_tokens(bench, tokens)
     lengths = arguments.lengths
+    modes = await _first_tokens(bench, lengths, max(arguments.iterations, arguments.p99_iterations))
+    bench.report.results["ttft"] = modes
     names = list(modes)
     means: list[list[Cell]] = [[length, *(_mean(modes[name], length) for name in names)] for length in lengths]
     tails: list[list[Cell]] = [[length, *(_p99(modes[name], length) for name in names)] for length in lengths]
@@ -39,6 +29,38 @@ async def ttft(bench: Bench) -> None:
     bench.add_table(Table("ttft", title, ("prompt tokens", *names), means, note))
     title = f"Time to first token, ms: p99 of {arguments.p99_iterations} iterations"
     bench.add_table(Table("ttft-p99", title, ("prompt tokens", *names), tails, note))
+
+
+async def ttft_long(bench: Bench) -> None:
+    """The paper's long run: TTFT of every mode at a few lengths, `--long-iterations` times."""
+    arguments = bench.arguments
+    modes = await _first_tokens(bench, arguments.long_lengths, arguments.long_iterations)
+    bench.report.results["ttft_long"] = modes
+    rows: list[list[Cell]] = []
+    for length in arguments.long_lengths:
+        for name, mode in modes.items():
+            found = mode["lengths"][str(length)]["many"]["summary"] if "lengths" in mode else {}
+            tail = [found[part] * 1e3 if found else None for part in ("p50", "p99", "maximum")]
+            rows.append([length, name, *tail, found["p99"] / found["p50"] if found else None])
+    title = f"Time to first token, ms: {arguments.long_iterations} iterations"
+    columns = ("prompt tokens", "mode", "p50", "p99", "maximum", "p99 over p50")
+    bench.add_table(Table("ttft-long", title, columns, rows, _note(modes)))
+
+
+async def _first_tokens(bench: Bench, lengths: Sequence[int], num_samples: int) -> dict[str, Any]:
+    """What is told of each mode: so many first tokens at each of the lengths, or why there are none."""
+    modes: dict[str, Any] = {}
+    tokens: dict[str, dict[int, int]] = {}
+    for name in bench.arguments.modes:
+        try:
+            async with MODES[name](bench) as mode:
+                tokens[name] = {}
+                modes[name] = {"lengths": await _ttft_of(bench, name, mode, lengths, num_samples, tokens[name])}
+        except (NotRunError, RuntimeError) as error:
+            modes[name] = _not_run(bench, name, error)
+            tokens.pop(name, None)
+    _check_tokens(bench, tokens)
+    return modes
 
 
 def _not_run(bench: Bench, name: str, error: Exception) -> dict[str, Any]:
@@ -51,26 +73,24 @@ def _not_run(bench: Bench, name: str, error: Exception) -> dict[str, Any]:
     return {"not_run": reason}
 
 
-async def _ttft_of(bench: Bench, name: str, mode: Mode, tokens: dict[int, int]) -> dict[str, Any]:
-    arguments = bench.arguments
+async def _ttft_of(
+    bench: Bench, name: str, mode: Mode, lengths: Sequence[int], num_samples: int, tokens: dict[int, int]
+) -> dict[str, Any]:
+    """By length: of the first `--iterations` samples, and of all under "many". tokens: takes the first prompts' tokens."""
+    num_few = bench.arguments.iterations
     found: dict[str, Any] = {}
-    await mode.prepare(arguments.lengths)
-    for length in arguments.lengths:
+    await mode.prepare(lengths)
+    for length in lengths:
         for _ in range(2):  # allocator and clocks
             await mode.first_token(bench.prompt(length, -1))
-        prompts = [bench.prompt(length, i) for i in range(max(arguments.iterations, arguments.p99_iterations))]
+        prompts = [bench.prompt(length, i) for i in range(num_samples)]
         samples, token_ids = await time_first_token(bench, mode, prompts)
         tokens[length] = token_ids[0]
-        few = summary_of(samples[: arguments.iterations])
-        deviation = statistics.stdev(samples[: arguments.iterations]) if arguments.iterations > 1 else 0.0
-        found[str(length)] = {
-            **few,
-            "deviation_seconds": deviation,
-            "many": summary_of(samples[: arguments.p99_iterations]),
-        }
-        say(
-            f"{name}, {length} tokens: {milliseconds(few, 'mean')} ms, p99 {milliseconds(found[str(length)]['many'], 'p99')}"
-        )
+        few = summary_of(samples[:num_few])
+        deviation = statistics.stdev(samples[:num_few]) if num_few > 1 else 0.0
+        found[str(length)] = {**few, "deviation_seconds": deviation, "many": summary_of(samples)}
+        tail = milliseconds(found[str(length)]["many"], "p99")
+        say(f"{name}, {length} tokens: {milliseconds(few, 'mean')} ms, p99 of {num_samples} {tail}")
     return found
 
 

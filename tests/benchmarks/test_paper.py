@@ -25,6 +25,7 @@ from benchmarks.paper.modes import MODES, TransformersEager
 from benchmarks.paper.tables import Table, comma_separated, latex, markdown
 
 SMALL = ["--lengths", "10,40", "--iterations", "2", "--p99-iterations", "3", "--gap-ms", "0", "--repeats", "1"]
+SMALL += ["--long-lengths", "20", "--long-iterations", "4"]
 SMALL += ["--decode-to", "16", "--decode-points", "12,16", "--longest", "24", "--stride", "5", "--capacity", "4"]
 SMALL += ["--budget-graphs", "2", "--walk", "6", "--ablation-prompt", "20", "--ablation-tokens", "5"]
 COMMANDS = (*paper.COMMANDS, paper.IPC)
@@ -48,6 +49,9 @@ def test_every_command(small: Sequence[str], tmp_path: Path) -> None:
     ran = [name for name in MODES if "lengths" in ttft[name]]
     assert ran == ["transformers eager", "CUDA graphs only", "JIT only", "hotgraph"]
     assert all(len(ttft[name]["lengths"]["40"]["many"]["samples_seconds"]) == 3 for name in ran)
+    long_run = results["ttft-long"]["results"]
+    assert all(len(long_run["ttft_long"][name]["lengths"]["20"]["many"]["samples_seconds"]) == 4 for name in ran)
+    assert [(row[0], row[1]) for row in long_run["tables"][0]["rows"]] == [(20, name) for name in MODES]
     with (tmp_path / "ttft-p99.csv").open() as file:
         rows = list(csv.reader(line for line in file if not line.startswith("#")))
     assert rows[0] == ["prompt tokens", *MODES]
