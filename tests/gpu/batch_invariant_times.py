@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.gpu.models import make_loaded
 from benchmarks.gpu.report import machine
-from hotgraph_server.kernels.invariant_rows import order_of, padded_rows, room_for, sum_order, tuned
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning
+from hotgraph_server.kernels.invariant_rows import room_for, tuned
+from hotgraph_server.kernels.tile_rows_cuts import TileTuning
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton
 from hotgraph_server.models.interface import KvTensors, Model, StepTensors
-from tests.gpu.tile_rows_times import LAYER, NUM_LAUNCHES, Projection, graph_microseconds
+from tests.gpu.tile_rows_times import LAYER, NUM_LAUNCHES, graph_microseconds
 
 CUDA = torch.device("cuda:0")
 BLOCK_SIZE, MAX_BLOCKS = 16, 256
@@ -83,16 +83,14 @@ def step_times(*, batch_invariant: bool) -> dict[str, float]:
     return found
 
 
-def tries(projection: Projection, room: int) -> list[TileTuning]:
-    """Tunings with the order that the product has to have, whose rings fit."""
-    order = sum_order(projection.num_weight_rows, projection.num_inputs, is_normed=projection.is_normed)
+def tries(room: int) -> list[TileTuning]:
+    """Tunings that split no sum and whose rings fit."""
     found = []
-    for block_rows, num_warps in ((64, 4), (128, 8)):
-        for parts in (1, 2):
-            for num_stages in range(2, 9):
-                tuning = TileTuning(block_rows, parts, num_stages, num_warps, order.splits)
-                is_same = order_of(tuning, projection.num_inputs) == order
-                if is_same and tuning.shared_bytes(room) < SHARED_BYTES - 1024:
+    for block_rows, num_warps in ((32, 4), (64, 4), (128, 8)):
+        for parts in (1, 2, 4):
+            for num_stages in range(2, 11):
+                tuning = TileTuning(block_rows, parts, num_stages, num_warps)
+                if tuning.shared_bytes(room) < SHARED_BYTES - 1024:
                     found += [tuning, replace(tuning, triggers_late=False)]
     return found
 
@@ -108,7 +106,6 @@ def sweep(num_rows: int) -> list[dict[str, Any]]:
         ]
         out = x.new_zeros(num_rows, projection.num_outputs)
         wide = x.new_zeros(num_rows, projection.num_weight_rows)
-        split_room = SplitRoom.for_outputs(projection.num_weight_rows, CUDA, splits=2, num_rows=padded_rows(num_rows))
 
         def microseconds(tuning: TileTuning, room: int) -> float:
             def work(layer: int) -> None:
@@ -118,7 +115,6 @@ def sweep(num_rows: int) -> list[dict[str, Any]]:
                     out,  # noqa: B023
                     activation="silu" if projection.is_gated else None,  # noqa: B023
                     residual=None if projection.is_normed else out,  # noqa: B023
-                    split_room=split_room,  # noqa: B023
                     pdl=True,
                     tuning=tuning,
                     room=room,
@@ -140,9 +136,7 @@ def sweep(num_rows: int) -> list[dict[str, Any]]:
         rooms = [
             room for room in rooms if room >= min(num_rows, 128) and room <= (256 if projection.is_normed else 128)
         ]
-        found = [
-            (microseconds(tuning, room), room, str(tuning)) for room in rooms for tuning in tries(projection, room)
-        ]
+        found = [(microseconds(tuning, room), room, str(tuning)) for room in rooms for tuning in tries(room)]
         torch_us = graph_microseconds(
             [lambda i=i: torch.mm(x, weights[i % 4].t(), out=wide) for i in range(NUM_LAUNCHES)]  # type: ignore[misc]  # noqa: B023
         )

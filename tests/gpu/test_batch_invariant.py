@@ -12,13 +12,13 @@ import torch
 from transformers import LlamaConfig
 
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
+from hotgraph_server.kernels.blas_rows import equal_rows
 from hotgraph_server.kernels.few_rows import few_rows_reference
-from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_qkv, padded_rows
+from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_product, invariant_qkv
 from hotgraph_server.kernels.logprobs import token_logprobs
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.row_sums import row_cumsum, row_logsumexp
 from hotgraph_server.kernels.tile_rows import runs_on
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.request import FinishedEvent, Request, SamplingParams, StopParams, TokenLogprobs, TokensEvent
 from tests.gpu.serving import Service, service
@@ -54,7 +54,7 @@ CONFIGS = {
         max_position_embeddings=4096,
         pad_token_id=None,
     ),
-    "sums that are split": LlamaConfig(
+    "a 7B Llama's sizes": LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=4096,
         intermediate_size=11008,
@@ -78,8 +78,6 @@ def test_products(name: str, dtype: torch.dtype) -> None:
     """Each row of so many rows is, bit for bit, that row alone, and at another place; and it is the definition's."""
     product = PRODUCTS[name]
     inputs = draw(product, max(ROWS), dtype, CUDA, seed=1)
-    room = SplitRoom.for_outputs(product.num_outputs, CUDA, splits=2, num_rows=padded_rows(max(ROWS)))
-    room.partials.fill_(torch.nan)
     out_dtype = torch.float32 if "head" in name else dtype
 
     def run(rows: torch.Tensor) -> torch.Tensor:
@@ -94,7 +92,6 @@ def test_products(name: str, dtype: torch.dtype) -> None:
             epsilon=EPSILON,
             activation=product.activation,
             residual=residual,
-            split_room=room,
             pdl=True,
         )
 
@@ -114,7 +111,28 @@ def test_products(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(run(every[:num_rows]), alone[:num_rows]), num_rows
         moved = torch.randperm(max(ROWS), generator=torch.Generator().manual_seed(num_rows))[:num_rows].to(CUDA)
         assert torch.equal(run(moved), alone[moved]), f"{num_rows} at other places"
-    assert not room.arrivals.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["7B qkv", "7B down", "SmolLM2 gate_up"])
+def test_cublas_where_it_is_taken(name: str, dtype: torch.dtype) -> None:
+    """For most numbers of rows that were tried it has the bits of the product, also of another weight and of a graph."""
+    product = replace(PRODUCTS[name], has_bias=False)
+    inputs = draw(product, 512, dtype, CUDA, seed=4)
+    found = equal_rows(inputs.weight, 512, is_normed=True)
+    assert len(found) >= (8 if "down" in name else 20), sorted(found)
+    other = torch.randn(inputs.weight.shape, device=CUDA).to(dtype)
+    alone = torch.cat([invariant_product(inputs.x[row : row + 1], other) for row in range(512)])
+    for num_rows in found:
+        out = torch.empty(num_rows, len(other), dtype=dtype, device=CUDA)
+        torch.mm(inputs.x[:num_rows], other.t(), out=out)
+        assert torch.equal(out, alone[:num_rows]), num_rows
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.mm(inputs.x[:num_rows], other.t(), out=out)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, alone[:num_rows]), f"{num_rows} in a graph"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -286,6 +304,17 @@ def test_logits_do_not_depend_on_chunks_and_batches(model: Decoder) -> None:
     for name, logits in alone.items():
         assert torch.equal(together[name], logits), name
         assert torch.equal(last[name], logits), name
+
+
+def test_long_steps_are_those_of_short_ones(model: Decoder) -> None:
+    """Prompts of sizes that cuBLAS multiplies, with all that then stands alone around products, and in chunks of 100 tokens."""
+    for num_tokens in (144, 160, 192, 256, 304, 400, 512, 640):
+        tokens = random_tokens(num_tokens, VOCABULARY, seed=num_tokens)
+        whole = Driver(model, arena=model.arena(640, 64)).step({"a": tokens})["a"]
+        chunked = Driver(model, arena=model.arena(640, 64))
+        for first in range(0, num_tokens, 100):
+            last = chunked.step({"a": tokens[first : first + 100]})["a"]
+        assert torch.equal(whole, last), num_tokens
 
 
 def requests(num_requests: int) -> list[Request]:

@@ -4,8 +4,12 @@ A share is `tile_keys` keys from a multiple of `tile_keys` on. What a share give
 token sees are added up from the first to the last. So a token's result depends on its query and on the keys and values up to
 its position, and not on how many tokens its row has in this step, on the rows beside it, on padding, or on how many programs
 share the work: a row of one token may have several, which leave what each of their shares gives, and the last one to end adds
-all of it up. Rows of one token and of many go through the same instructions: so there is one kernel, and no choice of sizes.
-Sums that two places in it make are written as `fma`, so that no compiler joins a product and a sum here and not there.
+all of it up. Sums that two places in it make are written as `fma`, so that no compiler joins a product and a sum here and not
+there.
+
+It is compiled for tiles of 64 rows, and for some models for tiles of 16 as well, which many rows of one token are served by
+faster. Of both every 16 rows are one warp's, with the same numbers in the same lanes, and the tensor cores add up 16 columns in
+the same way in their instructions for a warp (mma) and for four (wgmma). No manual promises that: tests on the GPU look.
 
 With `PDL` it is a link of a chain as `attention_decode.py` says: before its wait it reads lengths and where rows start. Names
 are those of `attention_parts.py`.
@@ -21,8 +25,13 @@ from hotgraph_server.kernels.attention_parts import finite, slots, store, to_sco
 _ROWS_AT_ONCE = tl.constexpr(64)  # rows looked at together when a tile looks for its row
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-VARIABLE = ["max_shares", "num_rows", "num_tokens", "table_stride", "window"]
+VARIABLE = ["max_shares", "num_rows", "num_tokens", "served", "table_stride", "window"]
 """Sizes of the step, or of one layer: for no value of them there is a kernel of its own."""
+
+ALL_ROWS, ROWS_OF_ONE, OTHER_ROWS = 0, 1, 2
+"""Which rows a launch serves: those of one token, all others and padding, or all."""
+_ROWS_OF_ONE = tl.constexpr(ROWS_OF_ONE)
+_OTHER_ROWS = tl.constexpr(OTHER_ROWS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton comes without types; so below
@@ -75,6 +84,7 @@ def invariant_kernel(
     max_shares: tl.tensor,
     num_rows: tl.tensor,
     num_tokens: tl.tensor,
+    served: tl.tensor,
     table_stride: tl.tensor,
     query_stride: tl.tensor,
     scaling: tl.tensor,
@@ -99,8 +109,8 @@ def invariant_kernel(
     """Tiles of tile_tokens tokens with block_heads query heads, grid (T // tile_tokens + R + 1, KV heads * head_blocks, parts).
 
     Tiles are numbered as in `tile_kernel`. Of a row of one token the parts have a stretch of the shares each; of other tiles
-    the first part does everything. `sums`, `maxima`, `totals`: as in `attention_rows.Scratch`, of max_shares shares, not
-    touched where there is one part.
+    the first part does everything. served: which rows, see above. `sums`, `maxima`, `totals`: as in
+    `attention_rows.Scratch`, of max_shares shares, not touched where there is one part.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
@@ -119,6 +129,9 @@ def invariant_kernel(
     context_len = tl.load(context_lens + row, mask=is_real, other=0)
     if PDL:
         wait()
+    is_one = is_real & (query_end == query_start + 1)
+    if (is_one & (served == _OTHER_ROWS)) | ((is_one == 0) & (served == _ROWS_OF_ONE)):
+        return
     query_end = tl.where(is_real, query_end, num_tokens)
     first_token = query_start + (tile - query_start // tile_tokens - row) * tile_tokens
     if first_token >= query_end:
@@ -129,7 +142,7 @@ def invariant_kernel(
     upper = tl.where(is_real, shift + tl.minimum(first_token + tile_tokens, query_end), 0)
     first_share = tl.maximum(shift + first_token + 1 - window, 0) // tile_keys
     num_shares = tl.maximum(tl.cdiv(upper, tile_keys) - first_share, 0)
-    num_parts = tl.where(is_real & (query_end == query_start + 1), tl.num_programs(2), 1)
+    num_parts = tl.where(is_one, tl.num_programs(2), 1)
     part_shares = tl.maximum(tl.cdiv(num_shares, num_parts), 1)
     num_used = tl.maximum(tl.cdiv(num_shares, part_shares), 1)
     if part >= num_used:

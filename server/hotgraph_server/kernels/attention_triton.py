@@ -15,15 +15,17 @@ import torch
 from hotgraph_server.kernels.again import launch_as, launched_again
 from hotgraph_server.kernels.attention_cuts import (
     NO_WINDOW,
+    InvariantTile,
     Splits,
     decode_cut,
     decode_options,
     invariant_parts,
+    invariant_tiles,
     split_rows,
     tile_options,
 )
 from hotgraph_server.kernels.attention_decode import decode_kernel
-from hotgraph_server.kernels.attention_invariant import invariant_kernel
+from hotgraph_server.kernels.attention_invariant import ALL_ROWS, OTHER_ROWS, ROWS_OF_ONE, invariant_kernel
 from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_tiles import tile_kernel
 from hotgraph_server.kernels.jit import next_power_of_two
@@ -162,7 +164,7 @@ def _plans(
     pdl: bool,
     is_invariant: bool,
 ) -> tuple[_Plan, ...]:
-    """One or two, in order: for rows of one token, and for all others; one for both where it is invariant."""
+    """One or two, in order: for rows of one token, and for all others."""
     group = num_heads // num_kv_heads
     num_head_blocks = -(-group // _MAX_HEADS)
     heads = -(-group // num_head_blocks)
@@ -188,7 +190,7 @@ def _plans(
     }
     num_programs = num_kv_heads * num_head_blocks
     if is_invariant:
-        return (_invariant_plan(common, num_tokens, table_width * block_size, row_bytes, dtype, window, pdl=pdl),)
+        return _invariant_plans(common, num_tokens, table_width * block_size, row_bytes, dtype, window, pdl=pdl)
     is_decode = num_tokens == num_rows
     # A lone row is not worth a second launch: should it be one token in a longer step, the tiles take it.
     is_mixed = not is_decode and num_rows > 1
@@ -248,7 +250,7 @@ def _arguments(plan: _Plan, tensors: dict[str, torch.Tensor | None]) -> dict[str
     return arguments
 
 
-def _invariant_plan(
+def _invariant_plans(
     common: dict[str, Any],
     num_tokens: int,
     max_context: int,
@@ -257,36 +259,58 @@ def _invariant_plan(
     window: int | None,
     *,
     pdl: bool,
-) -> _Plan:
-    """One kernel for all rows, in which nothing but how many programs share a row depends on the step."""
+) -> tuple[_Plan, ...]:
+    """The step chooses tiles, and how many programs share a row: none of it touches the order of a sum."""
     heads, num_rows, value_dim = common["block_heads"], common["num_rows"], common["value_dim"]
     num_heads = common["num_kv_heads"] * common["group"]
     num_programs = common["num_kv_heads"] * common["head_blocks"]
+    is_padded = common["key_dim"] != common["padded_key_dim"] or value_dim != common["padded_value_dim"]
     options = tile_options(heads, row_bytes, dtype)
-    if common["key_dim"] != common["padded_key_dim"] or value_dim != common["padded_value_dim"]:
-        options["num_warps"] = 8  # masks of what is padded do not fit the registers of four
+    # Masks of what is padded do not fit the registers of four warps.
+    large = InvariantTile(options["tile_rows"], 8 if is_padded else options["num_warps"], num_together=2)
+    tiles = invariant_tiles(large, num_rows, num_tokens, num_programs, heads)
     # A window may begin and end within a share.
     most_seen = max_context if window is None else min(max_context, window + options["tile_keys"])
     max_shares = -(-most_seen // options["tile_keys"])
-    num_parts = invariant_parts(
-        num_rows, num_tokens, num_programs, max_shares, share_bytes=4 * num_heads * (value_dim + 2)
-    )
-    # Of the sums of so many shares, what fits 64 registers of each thread.
-    most_heads = 32 * options["num_warps"] * 64 // (_SHARES_AT_ONCE * common["padded_value_dim"])
-    numbers = {
-        **common,
-        **options,
-        "max_shares": max_shares,
-        "num_tokens": num_tokens,
-        "heads_at_once": max(1, min(next_power_of_two(heads), most_heads)),
-        "shares_at_once": _SHARES_AT_ONCE,
-        "PDL": pdl,
-    }
-    if pdl:  # as below
-        numbers["launch_pdl"] = True
-    num_tiles = num_tokens // options["tile_tokens"] + num_rows + 1
-    scratch = (num_heads, max_shares if num_parts > 1 else 1, value_dim)
-    return _Plan(invariant_kernel, (num_tiles, num_programs, num_parts), numbers, scratch)
+    if tiles[0] == tiles[1]:
+        served = {ALL_ROWS: tiles[1]}
+    elif num_tokens == num_rows:
+        served = {ALL_ROWS: tiles[0]}
+    else:
+        served = {ROWS_OF_ONE: tiles[0], OTHER_ROWS: tiles[1]}
+    plans = []
+    for rows, tile in served.items():
+        num_parts = 1
+        if rows != OTHER_ROWS:
+            num_parts = invariant_parts(
+                num_rows,
+                num_tokens,
+                num_programs,
+                max_shares,
+                num_together=tile.num_together,
+                share_bytes=4 * num_heads * (value_dim + 2),
+            )
+        # Of the sums of so many shares, what fits 64 registers of each thread.
+        most_heads = 32 * tile.num_warps * 64 // (_SHARES_AT_ONCE * common["padded_value_dim"])
+        numbers = {
+            **common,
+            **options,
+            "tile_rows": tile.tile_rows,
+            "tile_tokens": tile.tile_rows // heads,
+            "num_warps": tile.num_warps,
+            "served": rows,
+            "max_shares": max_shares,
+            "num_tokens": num_tokens,
+            "heads_at_once": max(1, min(next_power_of_two(heads), most_heads)),
+            "shares_at_once": _SHARES_AT_ONCE,
+            "PDL": pdl,
+        }
+        if pdl:  # as below
+            numbers["launch_pdl"] = True
+        num_tiles = num_tokens // numbers["tile_tokens"] + num_rows + 1
+        scratch = (num_heads, max_shares if num_parts > 1 else 1, value_dim)
+        plans.append(_Plan(invariant_kernel, (num_tiles, num_programs, num_parts), numbers, scratch))
+    return tuple(plans)
 
 
 def _split_arguments(splits: Splits) -> dict[str, int]:

@@ -1,17 +1,17 @@
-"""Matrix products for any number of rows whose sums have one order for each weight. It knows one product, no model.
+"""Matrix products for any number of rows whose sums have one order. It knows one product, no model.
 
 `few_rows.py`, `tile_rows.py` and cuBLAS are each fastest for some numbers of rows, and add up in orders of their own, so that a
-row's last bits depend on how many stand beside it. Here all numbers of rows go through the kernel of `tile_rows.py`, and what
-its order depends on, how many programs share a sum and how many columns each has of it, follows from the weight's sizes alone:
-`sum_order`. Only what does not touch the order is chosen by the number of rows: room for tokens, tiles, and the ring.
+row's last bits depend on how many stand beside it. Here all numbers of rows go through the kernel of `tile_rows.py`, and each
+sum is made by one program, over all columns from the first to the last. What the number of rows chooses, room for tokens, tiles
+and the ring, does not touch that order.
 
 So a row has the same bits alone, beside any others, at any place, and with any padding. On the CPU what runs is the definition,
-which promises nothing of this.
+which promises nothing of this. `blas_rows.py` finds out for which numbers of rows cuBLAS gives the same bits, faster.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -19,41 +19,17 @@ import torch
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.jit import next_power_of_two
 from hotgraph_server.kernels.rope import RopePlan
-from hotgraph_server.kernels.tile_rows_cuts import COLUMNS, MAX_ROWS, SHARED_BYTES, SplitRoom, TileTuning
+from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS, SHARED_BYTES, TileTuning, num_steps_of
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 
 ROOMS = (8, 16, 32, 64, 128, 256)
 """Tokens that a program may have room for; of more than the last, blocks have programs of their own."""
 
-MAX_SPLITS = 2
-
-_MIN_SPLIT_INPUTS = 2048  # below, the stretches of a split sum are too short to fill a ring
-_MIN_SPLIT_ROWS = (
-    2880  # of a weight, from which on two programs for each 64 of them are nearly one for each multiprocessor
-)
 _MULTIPROCESSORS = 132  # of an H100 or H200
-_FEW_PROGRAMS = 90  # from which on most of these have one
+# Programs from which on most of these have one; and those from which on larger tiles are worth more, where rows are many.
+_FEW_PROGRAMS = 90
+_FEW_LARGE_PROGRAMS = 60
 _MAX_STAGES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class SumOrder:
-    """All that the bits of a product depend on beside its numbers: how many share a sum, and columns that each has of it."""
-
-    splits: int
-    stretch: int
-
-
-def sum_order(num_weight_rows: int, num_inputs: int, *, is_normed: bool) -> SumOrder:
-    """Of a weight [num_weight_rows, num_inputs]; is_normed: what it multiplies is normed first, as all but O and down are.
-
-    What is normed has so many outputs that there are programs enough. A sum that is not split has one stretch, whose length in
-    tiles is left open, as columns beyond the weight are zeros.
-    """
-    if is_normed or num_inputs < _MIN_SPLIT_INPUTS or num_weight_rows < _MIN_SPLIT_ROWS:
-        return SumOrder(1, num_inputs)
-    unit = 2 * COLUMNS
-    return SumOrder(MAX_SPLITS, -(-num_inputs // (MAX_SPLITS * unit)) * unit)
 
 
 def room_for(num_rows: int, *, is_normed: bool, head_dim: int = 0) -> int:
@@ -65,19 +41,10 @@ def room_for(num_rows: int, *, is_normed: bool, head_dim: int = 0) -> int:
     return 256 if is_normed and head_dim == 0 and -(-num_rows // 128) % 2 == 0 else 128
 
 
-def padded_rows(max_rows: int) -> int:
-    """Rows with their padding, at most, of any number up to max_rows: what a `SplitRoom` has to have room for."""
-    return MAX_ROWS if max_rows <= MAX_ROWS else -(-max_rows // 256) * 256
-
-
-def order_of(tuning: TileTuning, num_inputs: int) -> SumOrder:
-    """The order in which a product that is cut up so is summed."""
-    return SumOrder(tuning.splits, num_inputs if tuning.splits == 1 else tuning.stretch(num_inputs))
-
-
-# With room for 8 and 16 tokens, for 32 and for 64: as in `tile_rows.py`, but that O is split with 64, too.
-_FEW: dict[str, tuple[TileTuning, TileTuning, TileTuning]] = {
+# With room for 8 tokens, 16, 32 and 64: what was fastest, or within 1 % of it, on an H200 for a 7B Llama.
+_FEW: dict[str, tuple[TileTuning, TileTuning, TileTuning, TileTuning]] = {
     "qkv": (
+        TileTuning(64, parts=2, num_stages=4),
         TileTuning(64, parts=2, num_stages=4),
         TileTuning(64, parts=2, num_stages=4, triggers_late=False),
         TileTuning(64, parts=1, num_stages=6),
@@ -85,14 +52,22 @@ _FEW: dict[str, tuple[TileTuning, TileTuning, TileTuning]] = {
     "gate_up": (
         TileTuning(64, parts=2, num_stages=3),
         TileTuning(64, parts=2, num_stages=3),
+        TileTuning(64, parts=2, num_stages=3),
         TileTuning(64, parts=1, num_stages=4),
     ),
     "head": (
         TileTuning(64, parts=2, num_stages=4, triggers_late=False),
         TileTuning(64, parts=2, num_stages=4, triggers_late=False),
+        TileTuning(64, parts=2, num_stages=4, triggers_late=False),
         TileTuning(64, parts=1, num_stages=6),
     ),
-    "added": (TileTuning(64, parts=2, num_stages=6),) * 3,
+    # O and down, of few outputs: half of the multiprocessors with twice the ring are as fast as all of them.
+    "added": (
+        TileTuning(64, parts=4, num_stages=6),
+        TileTuning(64, parts=2, num_stages=10),
+        TileTuning(64, parts=2, num_stages=8),
+        TileTuning(64, parts=2, num_stages=6),
+    ),
 }
 
 
@@ -101,7 +76,8 @@ def tuned(
 ) -> TileTuning:
     """What a product is cut into. There is one kernel for each weight and room, and one more for several blocks of 128 rows.
 
-    is_normed: as in `sum_order`; what is not has a residual. head_dim: of heads to be turned.
+    is_normed: what it multiplies is normed first, as of all but O and down, which have a residual. head_dim: of heads to be
+    turned.
     """
     room = room_for(num_rows, is_normed=is_normed, head_dim=head_dim)
     return _tuned(room, num_rows > room == 128, num_weight_rows, num_inputs, is_gated, is_normed, head_dim)
@@ -111,7 +87,6 @@ def tuned(
 def _tuned(
     room: int, has_blocks: bool, num_weight_rows: int, num_inputs: int, is_gated: bool, is_normed: bool, head_dim: int
 ) -> TileTuning:
-    order = sum_order(num_weight_rows, num_inputs, is_normed=is_normed)
     if is_gated:
         name = "gate_up"
     elif is_normed:
@@ -119,30 +94,24 @@ def _tuned(
     else:
         name = "added"
     if room <= MAX_ROWS:
-        tuning = _FEW[name][max(ROOMS.index(room) - 1, 0)]
+        tuning = _FEW[name][ROOMS.index(room)]
     else:
         tuning = TileTuning(128, parts=1, num_stages=_MAX_STAGES, num_warps=8)
-    tuning = replace(tuning, splits=order.splits)
-    # Heads whose halves no box divides; and small weights, whose programs take fewer rows each. What is split has 64 at least.
+    num_blocks = 2 if has_blocks else 1
+    least_programs = _FEW_LARGE_PROGRAMS if name == "added" and room > MAX_ROWS else _FEW_PROGRAMS
+    # Heads whose halves no box divides; and small weights, whose programs take fewer rows each.
     while (head_dim > 0 and (head_dim // 2) % (tuning.block_rows // 2) != 0) or (
-        tuning.block_rows > (64 if order.splits > 1 else 32)
-        and num_weight_rows * tuning.splits * (2 if has_blocks else 1) < tuning.block_rows * _FEW_PROGRAMS
+        tuning.block_rows > 32 and num_weight_rows * num_blocks < tuning.block_rows * least_programs
     ):
         tuning = replace(tuning, block_rows=tuning.block_rows // 2, num_warps=4, triggers_late=True)
     stage_bytes = replace(tuning, num_stages=1).shared_bytes(room)
-    num_stages = min(tuning.num_stages, _num_steps(tuning, num_inputs), (SHARED_BYTES - 1024) // stage_bytes)
-    num_programs = -(-num_weight_rows // tuning.block_rows) * tuning.splits * (2 if has_blocks else 1)
+    num_stages = min(tuning.num_stages, num_steps_of(tuning, num_inputs), (SHARED_BYTES - 1024) // stage_bytes)
+    num_programs = -(-num_weight_rows // tuning.block_rows) * num_blocks
     num_for_two = (SHARED_BYTES // 2 - 1024) // stage_bytes
     if num_programs > _MULTIPROCESSORS and num_for_two >= 3 and not (is_normed and room <= MAX_ROWS):
         # A ring that fills a multiprocessor is best where each has one program. Of more than that, two have to fit.
         num_stages = min(num_stages, num_for_two)
-    tuning = replace(tuning, num_stages=num_stages)
-    assert order_of(tuning, num_inputs) == order, "one order for all numbers of rows"
-    return tuning
-
-
-def _num_steps(tuning: TileTuning, num_inputs: int) -> int:
-    return -(-tuning.stretch(num_inputs) // (COLUMNS * tuning.parts))
+    return replace(tuning, num_stages=num_stages)
 
 
 def invariant_linear(
@@ -156,13 +125,9 @@ def invariant_linear(
     normed: torch.Tensor | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
-    split_room: SplitRoom | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """`tile_rows.tile_rows_linear` for any number of rows, each of which has the same bits whatever the others are.
-
-    split_room: for `padded_rows` of x; without one a product that needs it makes one.
-    """
+    """`tile_rows.tile_rows_linear` for any number of rows, each of which has the same bits whatever the others are."""
     if not x.is_cuda:
         result = few_rows_reference(
             x, weight, bias=bias, norm=norm, epsilon=epsilon, activation=activation, residual=residual
@@ -179,7 +144,6 @@ def invariant_linear(
         normed=normed,
         activation=activation,
         residual=residual,
-        split_room=_room(split_room, tuning, x, weight),
         pdl=pdl,
         tuning=tuning,
         room=room_for(len(x), is_normed=norm is not None),
@@ -224,7 +188,18 @@ def invariant_qkv(
     )
 
 
-def _room(split_room: SplitRoom | None, tuning: TileTuning, x: torch.Tensor, weight: torch.Tensor) -> SplitRoom | None:
-    if tuning.splits == 1 or split_room is not None:
-        return split_room
-    return SplitRoom.for_outputs(len(weight), x.device, splits=tuning.splits, num_rows=padded_rows(len(x)))
+def invariant_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    is_normed: bool = False,
+) -> torch.Tensor:
+    """x Wᵀ + bias of `invariant_linear` with nothing around it, [M, out]; is_normed: whether x was normed before."""
+    if not x.is_cuda:
+        result = few_rows_reference(x, weight, bias=bias)
+        return result if out is None else out.copy_(result)
+    tuning = tuned(len(x), *weight.shape, is_gated=False, is_normed=is_normed)
+    room = room_for(len(x), is_normed=is_normed)
+    return tile_rows_linear_triton(x, weight, out, bias=bias, tuning=tuning, room=room)

@@ -106,18 +106,12 @@ class SplitRoom:
     arrivals: torch.Tensor
 
     @classmethod
-    def for_outputs(
-        cls, num_outputs: int, device: torch.device, *, splits: int = MAX_SPLITS, num_rows: int = MAX_ROWS
-    ) -> SplitRoom:
-        """For weights of up to `num_outputs` rows: `splits` times `num_rows` float32 numbers for each of them.
-
-        num_rows: of x, or what its blocks have room for together.
-        """
+    def for_outputs(cls, num_outputs: int, device: torch.device) -> SplitRoom:
+        """For weights of up to `num_outputs` rows, and up to MAX_ROWS rows of x."""
         num_padded = -(-num_outputs // 128) * 128
-        num_blocks = -(-num_rows // MAX_ROWS)
         return cls(
-            torch.empty(splits * num_blocks * MAX_ROWS * num_padded, dtype=torch.float32, device=device),
-            torch.zeros(num_blocks * (num_padded // 64), dtype=torch.int32, device=device),
+            torch.empty(MAX_SPLITS * MAX_ROWS * num_padded, dtype=torch.float32, device=device),
+            torch.zeros(num_padded // 64, dtype=torch.int32, device=device),
         )
 
     @property
@@ -125,9 +119,9 @@ class SplitRoom:
         """Bytes on the device."""
         return self.partials.nbytes + self.arrivals.nbytes
 
-    def holds(self, tuning: TileTuning, num_weight_rows: int, room: int, num_token_blocks: int = 1) -> bool:
-        """Whether a product cut up so finds its place here, with room for so many tokens in each of its blocks."""
-        return _holds(self.sizes, tuning, num_weight_rows, room, num_token_blocks)
+    def holds(self, tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
+        """Whether a product cut up so finds its place here, with room for so many tokens."""
+        return _holds(self.sizes, tuning, num_weight_rows, room)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -135,10 +129,8 @@ class SplitRoom:
         return self.partials.numel(), self.arrivals.numel()
 
 
-def _holds(
-    sizes: tuple[int, int], tuning: TileTuning, num_weight_rows: int, room: int, num_token_blocks: int = 1
-) -> bool:
-    num_blocks = -(-num_weight_rows // tuning.block_rows) * num_token_blocks
+def _holds(sizes: tuple[int, int], tuning: TileTuning, num_weight_rows: int, room: int) -> bool:
+    num_blocks = -(-num_weight_rows // tuning.block_rows)
     num_partials = num_blocks * tuning.tile_rows * room * tuning.splits
     return num_partials <= sizes[0] and num_blocks <= sizes[1]
 

@@ -119,7 +119,7 @@ def tiles_kernel(
     """A program makes the outputs of one tile's rows for all tokens, from all of K or from one of SPLITS stretches of it.
 
     A stretch is STEPS steps of PARTS * 64 columns. The grid is (tiles, SPLITS); with room for more than 64 tokens a program has
-    one block of them, and the grid is (blocks of tokens, tiles, SPLITS): programs that read the same weight are neighbours.
+    one block of them, and the grid is (blocks of tokens, tiles), not split: programs that read the same weight are neighbours.
     x [tokens, K] and weight [N, K] are tensor descriptors. Programs of one tile leave float32 sums in `partials`; the last one
     to arrive there adds them up in the order of K and sets `arrivals` back to 0.
     """
@@ -131,13 +131,12 @@ def tiles_kernel(
     if TOKENS <= 64:
         first_token = 0
         block = ttgl.program_id(0)
-        meeting = block
         split_number = ttgl.program_id(1)
     else:
+        ttgl.static_assert(SPLITS == 1)
         first_token = ttgl.program_id(0) * TOKENS
         block = ttgl.program_id(1)
-        meeting = ttgl.program_id(0) * ttgl.num_programs(1) + block
-        split_number = ttgl.program_id(2)
+        split_number = 0
     first_step = split_number * num_steps
     row = block * BOX_ROWS
     if HEAD_DIM > 0:
@@ -229,16 +228,16 @@ def tiles_kernel(
         local = ttgl.arange(0, TILE_ROWS, layout=ttgl.SliceLayout(1, layout))[:, None]
         token = ttgl.arange(0, TOKENS, layout=ttgl.SliceLayout(0, layout))[None, :]
         size: ttgl.constexpr = TILE_ROWS * TOKENS
-        mine = partials + meeting * (SPLITS * size) + local * TOKENS + token
+        mine = partials + block * (SPLITS * size) + local * TOKENS + token
         ttgl.store(mine + split_number * size, product)
         ttgl.thread_barrier()
-        is_last_one = ttgl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == SPLITS - 1
+        is_last_one = ttgl.atomic_add(arrivals + block, 1, sem="acq_rel") == SPLITS - 1
     if is_last_one:
         if SPLITS > 1:
             product = ttgl.load(mine, cache_modifier=".cg")
             for split in range(1, SPLITS):  # rolled up: all parts at once would take too many registers
                 product += ttgl.load(mine + split * size, cache_modifier=".cg")
-            ttgl.store(arrivals + meeting, 0)
+            ttgl.store(arrivals + block, 0)
         if HEAD_DIM > 0:
             store_heads(
                 out,

@@ -154,7 +154,8 @@ def _launch(
     if tuning.splits > 1:
         assert tuning.block_rows >= 64, "what is split fills its tiles"
         assert split_room is not None, "room for what is split"
-        assert split_room.holds(tuning, len(weight), room, num_token_blocks), "room for what is split"
+        assert room <= MAX_ROWS, "one block of tokens"
+        assert split_room.holds(tuning, len(weight), room), "room for what is split"
     box_rows = tuning.block_rows // 2 if is_paired else tuning.block_rows
     # What the copy engine is told of a matrix goes to the kernel by value, so a graph keeps it.
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -178,5 +179,5 @@ def _launch(
         **PDL_OPTIONS[pdl],
         **epilogue.constants,
     }
-    grid = (num_blocks, tuning.splits) if room <= MAX_ROWS else (num_token_blocks, num_blocks, tuning.splits)
+    grid = (num_blocks, tuning.splits) if room <= MAX_ROWS else (num_token_blocks, num_blocks)
     launch_as(key, tiles_kernel, grid, tensors, arguments)

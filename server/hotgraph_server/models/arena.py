@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hotgraph_server.kernels.invariant_rows import MAX_SPLITS as INVARIANT_SPLITS
-from hotgraph_server.kernels.invariant_rows import padded_rows
 from hotgraph_server.kernels.tile_rows import runs_on
-from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS, MAX_SPLITS, SplitRoom
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.models.shape import DecoderShape
 
 
@@ -43,12 +41,9 @@ class DecoderArena:
         max_rows: int,
         dtype: torch.dtype,
         device: torch.device,
-        is_invariant: bool = False,
+        splits_sums: bool = True,
     ) -> None:
-        """is_invariant: for `InvariantLayers`, which split sums in steps of all sizes.
-
-        Raises RuntimeError when the device lacks the memory.
-        """
+        """splits_sums: for layers that do, where the device has such kernels. Raises RuntimeError when it lacks the memory."""
         # The last layer goes on with one token a row, and padding rows may outnumber the tokens.
         capacity = max(max_tokens, max_rows)
 
@@ -68,9 +63,8 @@ class DecoderArena:
         self._logits = room(max_rows, shape.vocabulary_size, dtype=torch.float32)
         # Of this arena alone: those of live steps and of what runs apart are used at the same time.
         self._split_room: SplitRoom | None = None
-        if runs_on(device):
-            num_rows, splits = (padded_rows(capacity), INVARIANT_SPLITS) if is_invariant else (MAX_ROWS, MAX_SPLITS)
-            self._split_room = SplitRoom.for_outputs(shape.hidden_size, device, splits=splits, num_rows=num_rows)
+        if splits_sums and runs_on(device):
+            self._split_room = SplitRoom.for_outputs(shape.hidden_size, device)
 
     @property
     def num_bytes(self) -> int:

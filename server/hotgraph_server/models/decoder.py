@@ -17,11 +17,11 @@ from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.attention import AttentionPlan
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.tuning import NO_TUNINGS, TuningTable
-from hotgraph_server.models import few_rows_layers, tile_rows_layers
+from hotgraph_server.models import few_rows_layers
 from hotgraph_server.models.arena import Activations, DecoderArena
 from hotgraph_server.models.few_rows_layers import FewRowsLayers
 from hotgraph_server.models.interface import Arena, KvTensors, LayerKv, StepTensors
-from hotgraph_server.models.invariant_layers import InvariantLayers
+from hotgraph_server.models.invariant_layers import InvariantLayers, ShortInvariantLayers
 from hotgraph_server.models.layers import Layer, LayerInputs, Layers
 from hotgraph_server.models.rotary import rotary
 from hotgraph_server.models.shape import Config, DecoderShape
@@ -70,7 +70,8 @@ class Decoder:
         self._embedding = embedding
         self._rope_table = rope_table
         if batch_invariant:
-            self._layers = InvariantLayers(layers, rope_table.shape[1])
+            self._layers = InvariantLayers(layers)
+            self._tile_rows_layers = ShortInvariantLayers(layers, rope_table.shape[1])
             return
         if FewRowsLayers.suit(layers) if fuses_few_rows is None else fuses_few_rows:
             self._few_rows_layers = FewRowsLayers(layers, rope_table.shape[1], tunings)
@@ -108,8 +109,8 @@ class Decoder:
 
         fuses_few_rows: whether short steps go through `FewRowsLayers` and `TileRowsLayers`; None: where it is faster. On the
         CPU, for tests, that takes weights which are not packed. tunings: how the products of the shortest steps are cut up, for
-        good. batch_invariant: every step goes through `InvariantLayers`; with fuses_few_rows on the CPU, too, where it is for
-        tests and promises nothing.
+        good. batch_invariant: every step goes through `InvariantLayers` or `ShortInvariantLayers`; with fuses_few_rows on the
+        CPU, too, where it is for tests and promises nothing.
         Raises ModelLoadError when the config is not supported, or weights are missing, left over or of a wrong shape; and when
         the model cannot be batch-invariant and has to be.
         """
@@ -127,13 +128,16 @@ class Decoder:
         """See `Model.arena`. None on the CPU, where a matrix product chooses its own layout."""
         if self.device.type == "cpu":
             return None
+        if isinstance(self._layers, InvariantLayers):
+            with torch.inference_mode():
+                self._layers.try_out(max_tokens)
         return DecoderArena(
             self._shape,
             max_tokens=max_tokens,
             max_rows=max_rows,
             dtype=self.dtype,
             device=self.device,
-            is_invariant=self._layers.is_invariant,
+            splits_sums=not self._layers.is_invariant,
         )
 
     @torch.inference_mode()
@@ -183,7 +187,7 @@ class Decoder:
     def _layers_for(self, num_tokens: int) -> Layers:
         """num_tokens: of a step, or its rows where padding rows make these more."""
         tiles, few = self._tile_rows_layers, self._few_rows_layers
-        if tiles is not None and tiles.min_tokens <= num_tokens <= tile_rows_layers.MAX_TOKENS:
+        if tiles is not None and tiles.min_tokens <= num_tokens <= tiles.max_tokens:
             return tiles
         if few is not None and num_tokens <= few_rows_layers.MAX_TOKENS:
             return few

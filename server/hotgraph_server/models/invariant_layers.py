@@ -1,27 +1,61 @@
 """A decoder's layers and head for steps of any size in which a row's bits depend on no other row, on Hopper.
 
 It knows the kernels whose sums have one order (`kernels/invariant_rows.py`, `kernels/attention_invariant.py`) and for which
-models they are there; all the rest of a layer works on each row by itself anyway. Otherwise it is `tile_rows_layers.py`.
+models they are there. Short steps are those of `tile_rows_layers.py`, long ones those of `layers.py`, each with such products:
+all the rest of a layer works on each row by itself anyway, and rounds in the same places.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_qkv
+from hotgraph_server.kernels.blas_rows import MIN_ROWS, equal_rows
+from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_product, invariant_qkv
 from hotgraph_server.kernels.tile_rows import runs_on
+from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.kernels.tile_rows_triton import suits
-from hotgraph_server.models.layers import Layers
+from hotgraph_server.models.layers import Layer, Layers
 from hotgraph_server.models.tile_rows_layers import TileRowsLayers
-from hotgraph_server.models.weights import DenseLinear
+from hotgraph_server.models.weights import DenseLinear, Linear
 
 
-class InvariantLayers(TileRowsLayers):
+class InvariantLinear(DenseLinear):
+    """The weight of another, multiplied in the order of `invariant_rows.py`: by cuBLAS where that was seen to give its bits."""
+
+    def __init__(self, linear: Linear, *, is_normed: bool) -> None:
+        """is_normed: what it is given was normed before."""
+        assert isinstance(linear, DenseLinear), "a weight as it is, which is what every GPU is given"
+        super().__init__(linear.weight, linear.bias)
+        self._is_normed = is_normed
+        self._equal_rows: frozenset[int] = frozenset()
+
+    def try_out(self, max_rows: int) -> None:
+        """From now on cuBLAS takes what it can; see `equal_rows`. Products with a bias stay where they are."""
+        if self.bias is None:
+            self._equal_rows |= equal_rows(self.weight, max_rows, is_normed=self._is_normed)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) in self._equal_rows and (out is None or out.dtype == x.dtype):
+            return super().__call__(x, out)
+        return invariant_product(x, self.weight, out, bias=self.bias, is_normed=self._is_normed)
+
+
+class InvariantLayers(Layers):
     """See `Layers`. For any number of tokens and rows."""
 
     is_invariant = True
+
+    def __init__(self, layers: Layers) -> None:
+        """The same weights."""
+        super().__init__(
+            layers.shape,
+            [_with_products(layer) for layer in layers.layers],
+            layers.norm,
+            InvariantLinear(layers.head, is_normed=True),
+        )
 
     @staticmethod
     def fault(layers: Layers) -> str | None:
@@ -37,11 +71,38 @@ class InvariantLayers(TileRowsLayers):
                 return f"has no product for a weight {size}: its inputs are no multiple of 16"
         return None
 
-    def _linear(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        return invariant_linear(*arguments, **options)
+    def try_out(self, max_tokens: int) -> None:
+        """Sees where cuBLAS can be taken in steps of up to so many tokens: some hundred products on the device, once."""
+        for linear in (linear for layer in self.layers for linear in layer.linears):
+            assert isinstance(linear, InvariantLinear)
+            linear.try_out(max_tokens)
+        torch.cuda.empty_cache()
+
+
+class ShortInvariantLayers(TileRowsLayers):
+    """See `Layers`. For steps whose tokens a program has room for: the same bits as those of `InvariantLayers`."""
+
+    is_invariant = True
+    max_tokens = MIN_ROWS - 1
+
+    def _min_tokens(self) -> int:
+        return 1
+
+    def _linear(self, *arguments: Any, split_room: SplitRoom | None = None, **options: Any) -> torch.Tensor:
+        return invariant_linear(*arguments, **options)  # of which no sum is split
 
     def _qkv(self, *arguments: Any, **options: Any) -> torch.Tensor:
         return invariant_qkv(*arguments, **options)
+
+
+def _with_products(layer: Layer) -> Layer:
+    return replace(
+        layer,
+        qkv=InvariantLinear(layer.qkv, is_normed=True),
+        output=InvariantLinear(layer.output, is_normed=False),
+        gate_up=InvariantLinear(layer.gate_up, is_normed=True),
+        down=InvariantLinear(layer.down, is_normed=False),
+    )
 
 
 def _name(device: torch.device) -> str:

@@ -17,8 +17,6 @@ from hotgraph_server.models.arena import Activations
 from hotgraph_server.models.layers import LayerInputs, Layers
 from hotgraph_server.models.weights import DenseLinear, Linear
 
-MAX_TOKENS = MAX_ROWS
-
 MIN_TOKENS = 9  # below, the kernels for few rows are fewer
 LARGE_MIN_TOKENS = 3
 LARGE_LAYER_BYTES = 64 << 20
@@ -33,14 +31,19 @@ def least_tokens(layer_bytes: int) -> int:
 
 
 class TileRowsLayers(Layers):
-    """See `Layers`. For up to MAX_TOKENS tokens and rows; `min_tokens` is where they begin to be faster."""
+    """See `Layers`. For up to `max_tokens` tokens and rows; `min_tokens` is where they begin to be faster."""
+
+    max_tokens = MAX_ROWS
 
     def __init__(self, layers: Layers, num_turned: int) -> None:
         """The same weights. num_turned: elements of a head that are turned."""
         super().__init__(layers.shape, layers.layers, layers.norm, layers.head)
         shape = self.shape
         self._fuses_rope = can_fuse_rope(shape.head_dim, num_turned, has_head_norm=shape.has_query_key_norm)
-        self.min_tokens = least_tokens(sum(linear.num_bytes for linear in self.layers[0].linears))
+        self.min_tokens = self._min_tokens()
+
+    def _min_tokens(self) -> int:
+        return least_tokens(sum(linear.num_bytes for linear in self.layers[0].linears))
 
     @staticmethod
     def suit(layers: Layers) -> bool:

@@ -46,8 +46,13 @@ def num_loads_before_wait(kernel: Any) -> int:
     return len(re.findall(r"\b(?:LDG|UTMALDG)\b", before))
 
 
-def spills(kernel: Any) -> bool:
-    """Whether a compiled kernel keeps anything in local memory, as it does when registers run out."""
+def num_spills(kernel: Any) -> int:
+    """Stores to local memory and loads from it, which a compiled kernel has when registers run out."""
     machine_code = kernel.asm["sass"]
     assert "EXIT" in machine_code
-    return "STL" in machine_code or "LDL" in machine_code
+    return len(re.findall(r"\b(?:STL|LDL)\b", machine_code))
+
+
+def spills(kernel: Any) -> bool:
+    """Whether a compiled kernel keeps anything in local memory."""
+    return num_spills(kernel) > 0

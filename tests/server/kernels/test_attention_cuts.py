@@ -9,7 +9,9 @@ from hotgraph_server.kernels.attention_cuts import (
     MAX_SPLITS,
     MULTIPROCESSORS,
     Cut,
+    InvariantTile,
     invariant_parts,
+    invariant_tiles,
     split_rows,
 )
 
@@ -59,13 +61,29 @@ def test_long_rows_have_more_shares_than_others(num_rows: int, num_programs: int
 
 def test_parts_of_a_row() -> None:
     """As many programs as run at a time, no more than shares, none that a lone prompt cannot use, and scratch within bounds."""
+    options = {"num_together": 2, "share_bytes": 16640}
     for num_rows in range(1, 65):
         for num_programs in (1, 8, 32):
-            parts = invariant_parts(num_rows, num_rows, num_programs, 64, share_bytes=16640)
+            parts = invariant_parts(num_rows, num_rows, num_programs, 64, **options)
             assert parts == 1 or parts * num_rows * num_programs <= 2 * MULTIPROCESSORS
             assert parts <= 64
             assert parts.bit_count() == 1
-    assert invariant_parts(1, 1, 32, 64, share_bytes=16640) == 8
-    assert invariant_parts(1, 300, 32, 64, share_bytes=16640) == 1
-    assert invariant_parts(1, 1, 32, 2, share_bytes=16640) == 2
-    assert invariant_parts(4, 4, 8, 2048, share_bytes=16640) == 1
+    assert invariant_parts(1, 1, 32, 64, **options) == 8
+    assert invariant_parts(1, 300, 32, 64, **options) == 1
+    assert invariant_parts(1, 1, 32, 2, **options) == 2
+    assert invariant_parts(4, 4, 8, 2048, **options) == 1
+    assert invariant_parts(4, 4, 32, 64, num_together=4, share_bytes=16640) == 4
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16, 17])
+def test_many_rows_of_one_token_have_small_tiles(heads: int) -> None:
+    """Where the large ones are 64 rows of four warps, and only for steps of enough programs; other rows keep the large ones."""
+    large = InvariantTile(64, 4, num_together=2)
+    for num_rows in (1, 2, 8, 64):
+        for num_tokens in (num_rows, 300):
+            small, others = invariant_tiles(large, num_rows, num_tokens, 32, heads)
+            assert others == large
+            is_small = heads <= 16 and num_rows > 1
+            assert (small.tile_rows, small.num_warps) == ((16, 1) if is_small else (64, 4))
+    for tile in (InvariantTile(64, 8, num_together=2), InvariantTile(32, 8, num_together=2)):
+        assert invariant_tiles(tile, 64, 64, 32, heads) == (tile, tile)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.attention import paged_attention
-from hotgraph_server.kernels.invariant_rows import padded_rows
 from hotgraph_server.models import arena as arena_module
 from hotgraph_server.models import invariant_layers, layers
 from hotgraph_server.models.arena import DecoderArena
 from hotgraph_server.models.decoder import Decoder
-from hotgraph_server.models.invariant_layers import InvariantLayers
+from hotgraph_server.models.invariant_layers import InvariantLayers, InvariantLinear, ShortInvariantLayers
 from hotgraph_server.models.shape import DecoderShape
+from hotgraph_server.models.weights import DenseLinear
 from tests.server.models.driver import Driver, random_tokens
 from tests.server.models.test_few_rows_layers import CONFIGS, CPU, TOLERANCES, decoder, recorded, source
 
@@ -25,6 +26,7 @@ STEPS: list[dict[str, int]] = [
     dict.fromkeys(map("row {}".format, range(11)), 1),
     {"a": 1, "b": 70},
     {"a": 1, "b": 1, "c": 100},
+    {"a": 1, "b": 140},
 ]
 
 
@@ -57,9 +59,9 @@ def test_logits_are_those_of_plain_layers(name: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_product_of_every_step_is_invariant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one token on there is one kind of product and of attention, and nothing is multiplied elsewhere."""
+    """From one token on nothing is multiplied or attended to elsewhere; long steps have products alone."""
     calls: list[tuple[str, object]] = []
-    recorded(monkeypatch, invariant_layers, ["invariant_linear", "invariant_qkv"], calls)
+    recorded(monkeypatch, invariant_layers, ["invariant_linear", "invariant_product", "invariant_qkv"], calls)
     kinds: list[object] = []
 
     def noted(*arguments: object, is_invariant: bool, **options: object) -> torch.Tensor:
@@ -71,12 +73,48 @@ def test_every_product_of_every_step_is_invariant(name: str, monkeypatch: pytest
     model = invariant(name)
     driver = Driver(model)
     num_layers = len(model.kv_layout)
-    for num_tokens in (1, 2, 3, 9, 65, 130):
+    for num_tokens in (1, 2, 3, 9, 65, 128, 129, 150):
         calls.clear()
         kinds.clear()
         driver.step({f"{num_tokens}": [3] * num_tokens})
         assert len(calls) == 4 * num_layers + 1
+        assert {call[0] == "invariant_product" for call in calls} == {num_tokens > 128}
         assert kinds == [True] * num_layers
+
+
+def test_products_go_to_cublas_where_it_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the numbers of rows that were found, results of its own dtype, and weights without a bias; else never."""
+    asked: list[tuple[int, bool]] = []
+
+    def equal_rows(weight: torch.Tensor, max_rows: int, *, is_normed: bool) -> frozenset[int]:
+        asked.append((max_rows, is_normed))
+        return frozenset({144, 160})
+
+    calls: list[tuple[str, object]] = []
+    recorded(monkeypatch, invariant_layers, ["invariant_product"], calls)
+    monkeypatch.setattr(invariant_layers, "equal_rows", equal_rows)
+    weight, bias = torch.randn(24, 16), torch.randn(24)
+    plain, biased = (InvariantLinear(DenseLinear(weight, part), is_normed=True) for part in (None, bias))
+    for num_rows, linear, out in (
+        (144, plain, None),
+        (145, plain, None),
+        (144, biased, None),
+        (144, plain, torch.empty(144, 24)),
+        (144, plain, torch.empty(144, 24, dtype=torch.float64)),
+        (160, plain, None),
+    ):
+        x = torch.randn(num_rows, 16)
+        expected = torch.nn.functional.linear(x, weight, linear.bias)
+        torch.testing.assert_close(linear(x, out), expected, check_dtype=False)
+        assert len(calls) == 1, "not tried yet"
+        calls.clear()
+        linear.try_out(200)
+        is_taken = linear is plain and num_rows != 145 and (out is None or out.dtype == x.dtype)
+        torch.testing.assert_close(linear(x, out), expected, check_dtype=False)
+        assert len(calls) == (0 if is_taken else 1)
+        calls.clear()
+        linear._equal_rows = frozenset()
+    assert set(asked) == {(200, True)}
 
 
 def test_models_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,19 +126,18 @@ def test_models_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         invariant("llama", is_forced=False)
     model = invariant("llama", torch.float16, is_forced=False)
     assert isinstance(model._layers, InvariantLayers)
+    assert isinstance(model._tile_rows_layers, ShortInvariantLayers)
     monkeypatch.setattr(invariant_layers, "suits", lambda weight: weight.shape[1] != 80)
     with pytest.raises(ModelLoadError, match="no product for a weight 48x80"):
         invariant("llama", torch.float16, is_forced=False)
 
 
-def test_the_arena_has_room_for_all_that_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For steps of all sizes up to its own, two numbers for each padded row and output."""
+def test_the_arena_has_room_for_what_is_split_only_where_sums_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four numbers for each of 64 rows and output, or nothing."""
     monkeypatch.setattr(arena_module, "runs_on", lambda device: True)
     shape = DecoderShape.from_config(CONFIGS["llama"]())
-    for is_invariant, num_rows, splits in ((False, 64, 4), (True, padded_rows(300), 2)):
-        arena = DecoderArena(
-            shape, max_tokens=300, max_rows=12, dtype=torch.float16, device=CPU, is_invariant=is_invariant
-        )
-        room = arena.tokens(300).split_room
-        assert room is not None
-        assert room.partials.numel() == splits * num_rows * 128
+    options: dict[str, Any] = {"max_tokens": 300, "max_rows": 12, "dtype": torch.float16, "device": CPU}
+    room = DecoderArena(shape, **options).tokens(300).split_room
+    assert room is not None
+    assert room.partials.numel() == 4 * 64 * 128
+    assert DecoderArena(shape, splits_sums=False, **options).tokens(300).split_room is None

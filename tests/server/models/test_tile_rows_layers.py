@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS
 from hotgraph_server.models import layers, tile_rows_layers
 from hotgraph_server.models.arena import DecoderArena
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.shape import DecoderShape
-from hotgraph_server.models.tile_rows_layers import MAX_TOKENS, TileRowsLayers
+from hotgraph_server.models.tile_rows_layers import TileRowsLayers
 from tests.server.models.driver import Driver, random_tokens
 from tests.server.models.test_few_rows_layers import CONFIGS, CPU, TOLERANCES, decoder, recorded
 
@@ -19,7 +20,7 @@ STEPS: dict[str, list[dict[str, int]]] = {
         {f"row {row}": 3 + row for row in range(11)},
         *[dict.fromkeys(map("row {}".format, range(11)), 1)] * 2,
     ],
-    "prompts": [{"a": 9}, {"b": 33}, {"c": MAX_TOKENS}, {"a": 16, "b": 1, "c": 1}],
+    "prompts": [{"a": 9}, {"b": 33}, {"c": MAX_ROWS}, {"a": 16, "b": 1, "c": 1}],
     "mixed": [{"a": 20, "b": 40}, {"a": 1, "b": 1, "c": 30}, {"b": 1, "a": 3, "c": 14}],
 }
 
@@ -64,7 +65,7 @@ def test_they_are_given_tens_of_tokens_and_no_more(monkeypatch: pytest.MonkeyPat
     recorded(monkeypatch, tile_rows_layers, ["tile_rows_linear", "tile_rows_qkv"], calls)
     monkeypatch.setattr(layers, "has_pdl", lambda device: True)
     driver = Driver(decoder("llama with groups, tied"))
-    for num_tokens, is_taken in ((8, False), (9, True), (MAX_TOKENS, True), (MAX_TOKENS + 1, False)):
+    for num_tokens, is_taken in ((8, False), (9, True), (MAX_ROWS, True), (MAX_ROWS + 1, False)):
         calls.clear()
         driver.step({f"{num_tokens}": [3] * num_tokens})
         assert bool(calls) == is_taken
