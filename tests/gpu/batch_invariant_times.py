@@ -17,8 +17,7 @@ import torch
 
 from benchmarks.gpu.models import make_loaded
 from benchmarks.gpu.report import machine
-from hotgraph_server.kernels.invariant_rows import room_for, tuned
-from hotgraph_server.kernels.tile_rows_cuts import TileTuning
+from hotgraph_server.kernels.tile_rows_cuts import TileTuning, room_for, tuned
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton
 from hotgraph_server.models.interface import KvTensors, Model, StepTensors
 from tests.gpu.tile_rows_times import LAYER, NUM_LAUNCHES, graph_microseconds
@@ -26,7 +25,7 @@ from tests.gpu.tile_rows_times import LAYER, NUM_LAUNCHES, graph_microseconds
 CUDA = torch.device("cuda:0")
 BLOCK_SIZE, MAX_BLOCKS = 16, 256
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-PROMPTS = (10, 64, 100, 128, 200, 256, 300, 400, 500)
+PROMPTS = (16, 64, 96, 128, 160, 192, 224, 256, 288, 320, 400, 512)  # sizes that steps are padded to
 CONTEXTS = (256, 1024)
 MAX_ROWS, MAX_TOKENS = 64, 512
 SHARED_BYTES = 232_448
@@ -75,7 +74,7 @@ def step_times(*, batch_invariant: bool) -> dict[str, float]:
     arena, cache = model.arena(MAX_TOKENS, MAX_ROWS), cache_of(model)
     steps = {f"{batch} rows, context {context}": ([1] * batch, context) for context in CONTEXTS for batch in BATCHES}
     steps |= {f"prompt of {length}": ([length], length) for length in PROMPTS}
-    steps |= {"63 rows and a chunk of 192": ([1] * 63 + [192], 256)}
+    steps |= {"63 rows and a chunk of 193": ([1] * 63 + [193], 256)}
     found = {}
     for name, (query_lens, context) in steps.items():
         step = step_of(query_lens, context)

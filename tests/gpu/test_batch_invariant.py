@@ -14,11 +14,10 @@ from transformers import LlamaConfig
 from hotgraph_server.kernels.attention import AttentionPlan, paged_attention
 from hotgraph_server.kernels.blas_rows import equal_rows
 from hotgraph_server.kernels.few_rows import few_rows_reference
-from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_product, invariant_qkv
 from hotgraph_server.kernels.logprobs import token_logprobs
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.row_sums import row_cumsum, row_logsumexp
-from hotgraph_server.kernels.tile_rows import runs_on
+from hotgraph_server.kernels.tile_rows import runs_on, tile_rows_linear, tile_rows_qkv
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.request import FinishedEvent, Request, SamplingParams, StopParams, TokenLogprobs, TokensEvent
 from tests.gpu.serving import Service, service
@@ -83,7 +82,7 @@ def test_products(name: str, dtype: torch.dtype) -> None:
     def run(rows: torch.Tensor) -> torch.Tensor:
         residual = None if inputs.residual is None else inputs.residual[rows]
         out = torch.full((len(rows), product.num_outputs), torch.nan, dtype=out_dtype, device=CUDA)
-        return invariant_linear(
+        return tile_rows_linear(
             inputs.x[rows].contiguous(),
             inputs.weight,
             out,
@@ -119,10 +118,10 @@ def test_cublas_where_it_is_taken(name: str, dtype: torch.dtype) -> None:
     """For most numbers of rows that were tried it has the bits of the product, also of another weight and of a graph."""
     product = replace(PRODUCTS[name], has_bias=False)
     inputs = draw(product, 512, dtype, CUDA, seed=4)
-    found = equal_rows(inputs.weight, 512, is_normed=True)
+    found = equal_rows(inputs.weight, 512, was_normed=True)
     assert len(found) >= (8 if "down" in name else 20), sorted(found)
     other = torch.randn(inputs.weight.shape, device=CUDA).to(dtype)
-    alone = torch.cat([invariant_product(inputs.x[row : row + 1], other) for row in range(512)])
+    alone = torch.cat([tile_rows_linear(inputs.x[row : row + 1], other) for row in range(512)])
     for num_rows in found:
         out = torch.empty(num_rows, len(other), dtype=dtype, device=CUDA)
         torch.mm(inputs.x[:num_rows], other.t(), out=out)
@@ -150,7 +149,7 @@ def test_queries_keys_and_values(heads: tuple[int, int, int], hidden: int, dtype
     def run(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cache = torch.zeros(2, 25, 16, num_kv_heads, head_dim, dtype=dtype, device=CUDA)
         rope = RopePlan.for_step(table, positions[rows], dtype)
-        query = invariant_qkv(
+        query = tile_rows_qkv(
             inputs.x[rows].contiguous(),
             inputs.weight,
             rope,

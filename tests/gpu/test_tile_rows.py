@@ -1,8 +1,7 @@
-"""Products for up to 64 rows on an NVIDIA GPU: right at the sizes of real models, alone, split, and in a chain."""
+"""Products in one order on an NVIDIA GPU: right at the sizes of real models, alone, and in a chain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.tile_rows import runs_on, tile_rows_linear, tile_rows_qkv
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning
+from hotgraph_server.kernels.tile_rows_cuts import TileTuning
 from hotgraph_server.kernels.tile_rows_triton import suits, tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.gpu.tile_rows_times import measure
 from tests.server.kernels.few_rows_checks import DTYPES, EPSILON, Product, assert_near, draw, exact
@@ -27,15 +26,6 @@ MODELS = {
     "SmolLM2-135M": (576, 1536, 960),
 }
 ROWS = (1, 3, 8, 9, 16, 17, 24, 32, 33, 48, 64)
-
-
-@pytest.fixture(scope="module")
-def split_room() -> Iterator[SplitRoom]:
-    """For all products of a chain. What is counted there is back at zero when all is done."""
-    room = SplitRoom.for_outputs(4096, CUDA)
-    room.partials.fill_(torch.nan)
-    yield room
-    assert not room.arrivals.any()
 
 
 def products(model: str) -> list[Product]:
@@ -54,7 +44,6 @@ def check_product(
     dtype: torch.dtype,
     *,
     seed: int,
-    split_room: SplitRoom | None = None,
     tuning: TileTuning | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
@@ -78,7 +67,6 @@ def check_product(
         out,
         normed=torch.full_like(inputs.x, torch.nan),
         residual=None if inputs.residual is None else out,
-        split_room=split_room,
         pdl=True,
         tuning=tuning,
         **options,
@@ -98,7 +86,6 @@ def check_qkv(
     dtype: torch.dtype,
     *,
     seed: int,
-    split_room: SplitRoom | None = None,
     tuning: TileTuning | None = None,
 ) -> None:
     """Turned queries and the whole cache, of which only the tokens' slots change.
@@ -130,7 +117,6 @@ def check_qkv(
         cache[1],
         room[:num_rows],
         normed=torch.full_like(inputs.x, torch.nan),
-        split_room=split_room,
         pdl=True,
         tuning=tuning,
         **options,
@@ -151,12 +137,11 @@ def test_it_runs_here() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_products(model: str, split_room: SplitRoom) -> None:
-    """Every product of a layer is that of the definition, split or not, whatever was queued before."""
+def test_products(model: str) -> None:
+    """Every product of a layer is that of the definition, whatever was queued before."""
     for index, product in enumerate(products(model)):
         for num_rows in ROWS:
-            for room in (split_room, None) if num_rows in {16, 33} else (split_room,):
-                check_product(product, num_rows, DTYPES[index // 2], seed=index * 100 + num_rows, split_room=room)
+            check_product(product, num_rows, DTYPES[index // 2], seed=index * 100 + num_rows)
 
 
 @pytest.mark.parametrize(("heads", "hidden"), [((32, 32, 128), 4096), ((32, 8, 128), 4096), ((9, 3, 64), 576)])
@@ -166,13 +151,12 @@ def test_queries_keys_and_values(heads: tuple[int, int, int], hidden: int) -> No
         check_qkv(heads, hidden, num_rows, DTYPES[num_rows % 2], seed=num_rows)
 
 
-def test_heads_of_other_sizes(split_room: SplitRoom) -> None:
-    """Heads of which a tile takes a part, and sums of heads that are split."""
+def test_heads_of_other_sizes() -> None:
+    """Heads of which a tile takes a part."""
     check_qkv((6, 2, 96), 576, 20, torch.float16, seed=1)
     check_qkv((5, 1, 32), 320, 11, torch.bfloat16, seed=2)
     check_qkv((2, 1, 256), 512, 40, torch.float16, seed=3)
-    tuning = TileTuning(64, parts=2, num_stages=4, splits=2)
-    check_qkv((8, 2, 128), 4096, 30, torch.float16, seed=4, split_room=split_room, tuning=tuning)
+    check_qkv((8, 2, 128), 4096, 30, torch.float16, seed=4, tuning=TileTuning(64, parts=2, num_stages=4))
 
 
 def test_odd_sizes() -> None:
@@ -208,24 +192,24 @@ def test_logits_are_not_rounded(num_rows: int) -> None:
         (32, TileTuning(32, parts=4, num_stages=2)),
         (50, TileTuning(64, parts=1, num_stages=2)),
         (16, TileTuning(64, parts=1, num_stages=9)),
-        (61, TileTuning(64, parts=2, num_stages=6, splits=3)),
-        (21, TileTuning(128, parts=1, num_stages=6, num_warps=8, splits=4)),
+        (61, TileTuning(64, parts=2, num_stages=6)),
+        (21, TileTuning(128, parts=1, num_stages=6, num_warps=8)),
         (64, TileTuning(128, parts=1, num_stages=6, num_warps=8)),
-        (40, TileTuning(128, parts=2, num_stages=3, num_warps=4, splits=2, triggers_late=False)),
+        (40, TileTuning(128, parts=2, num_stages=3, num_warps=4, triggers_late=False)),
     ],
     ids=str,
 )
-def test_every_way_to_cut_it_up(num_rows: int, tuning: TileTuning, split_room: SplitRoom) -> None:
-    """Blocks of all sizes, rings of two stages and of many, sums split evenly or not: the definition."""
+def test_every_way_to_cut_it_up(num_rows: int, tuning: TileTuning) -> None:
+    """Blocks of all sizes, rings of two stages and of many: the definition."""
     product = Product(2064, 1000, has_residual=True)
-    check_product(product, num_rows, torch.float16, seed=num_rows, split_room=split_room, tuning=tuning)
-    if tuning.block_rows > 16 and tuning.splits == 1:
+    check_product(product, num_rows, torch.float16, seed=num_rows, tuning=tuning)
+    if tuning.block_rows > 16:
         product = Product(2064, 500, activation="silu")
         check_product(product, num_rows, torch.bfloat16, seed=num_rows, tuning=tuning)
 
 
 @pytest.mark.parametrize("num_rows", [9, 32, 50])
-def test_rows_do_not_meet(num_rows: int, split_room: SplitRoom) -> None:
+def test_rows_do_not_meet(num_rows: int) -> None:
     """What a row gives depends neither on its neighbours nor on the launch, to the bit."""
     for product in (Product(4096, 1000, has_norm=True), Product(4096, 4096)):
         inputs = draw(product, num_rows, torch.float16, CUDA, num_rows)
@@ -234,9 +218,7 @@ def test_rows_do_not_meet(num_rows: int, split_room: SplitRoom) -> None:
         def run(
             x: torch.Tensor, product: Product = product, weight: torch.Tensor = inputs.weight, norm: Any = inputs.norm
         ) -> torch.Tensor:
-            return tile_rows_linear(
-                x, weight, norm=norm, epsilon=EPSILON, activation=product.activation, split_room=split_room
-            )
+            return tile_rows_linear(x, weight, norm=norm, epsilon=EPSILON, activation=product.activation)
 
         whole = run(inputs.x)
         for _ in range(20):
@@ -266,8 +248,7 @@ def test_a_chain_with_pdl_gives_the_bits_of_one_without(num_rows: int) -> None:
         )
         for _ in range(num_layers)
     ]
-    split_room = SplitRoom.for_outputs(hidden, CUDA)
-    split = TileTuning(64, parts=1, num_stages=6, splits=4)
+    tuning = TileTuning(64, parts=1, num_stages=6)
     norm = torch.rand(hidden, generator=generator, device=CUDA).half()
     start = torch.randn(num_rows, hidden, generator=generator, device=CUDA).half()
     residual, normed = torch.empty_like(start), torch.empty_like(start)
@@ -283,11 +264,9 @@ def test_a_chain_with_pdl_gives_the_bits_of_one_without(num_rows: int) -> None:
         normed_input: dict[str, Any] = {"norm": norm, "epsilon": EPSILON, "normed": normed, "pdl": pdl}
         for (qkv, o, gate_up, down), (keys, values) in zip(layers, cache, strict=True):
             tile_rows_qkv(residual, qkv, rope, slots, keys, values, query, **normed_input)
-            tile_rows_linear_triton(
-                query.flatten(1), o, residual, residual=residual, split_room=split_room, pdl=pdl, tuning=split
-            )
+            tile_rows_linear_triton(query.flatten(1), o, residual, residual=residual, pdl=pdl, tuning=tuning)
             tile_rows_linear(residual, gate_up, gated, activation="silu", **normed_input)
-            tile_rows_linear(gated, down, residual, residual=residual, split_room=split_room, pdl=pdl)
+            tile_rows_linear(gated, down, residual, residual=residual, pdl=pdl)
 
     forward(pdl=False)
     expected, expected_cache = residual.clone(), cache.clone()
@@ -303,17 +282,16 @@ def test_a_chain_with_pdl_gives_the_bits_of_one_without(num_rows: int) -> None:
         graph.replay()
         assert torch.equal(residual, expected)
         assert torch.equal(cache, expected_cache)
-    assert not split_room.arrivals.any()
 
 
-def test_no_numbers_are_hidden(split_room: SplitRoom) -> None:
+def test_no_numbers_are_hidden() -> None:
     """Not a number in, not a number out, in that row alone."""
     for num_rows in (9, 40):
         x = torch.ones(num_rows, 4096, dtype=torch.float16, device=CUDA)
         x[1, 77] = torch.nan
         weight = torch.ones(64, 4096, dtype=torch.float16, device=CUDA)
         for activation in (None, "silu"):
-            result = tile_rows_linear(x, weight, norm=x[0], epsilon=1e-5, activation=activation, split_room=split_room)
+            result = tile_rows_linear(x, weight, norm=x[0], epsilon=1e-5, activation=activation)
             assert result[1].isnan().all()
             assert not result[0].isnan().any()
             assert not result[2:].isnan().any()

@@ -1,4 +1,4 @@
-"""Times of products for 9 to 64 rows on a GPU, at the sizes of a 7B Llama: tunings, torch's own call, and layers in a chain.
+"""Times of products for 3 to 64 rows on a GPU, at the sizes of a 7B Llama: tunings, torch's own call, and layers in a chain.
 
 `python -m tests.gpu.tile_rows_times OUT.json` prints a table and writes all of it. Weights of several layers are read in turn,
 so that none is found in the cache. All times are of graphs, without the host.
@@ -24,10 +24,10 @@ from hotgraph_server.kernels.activation import gated_activation
 from hotgraph_server.kernels.norm import add_rms_norm, rms_norm
 from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.rope_kv import rope_and_write_kv
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom, TileTuning, room_for, tuned
+from hotgraph_server.kernels.tile_rows_cuts import TileTuning, room_for, tuned
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 
-ROWS = (16, 32, 64)
+ROWS = (8, 16, 32, 64)
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 NUM_HEADS, HEAD_DIM = 32, 128
 MODEL_LAYERS, NUM_LAYERS = 32, 8
@@ -55,7 +55,7 @@ class Projection:
         """With the TB/s at which the weight was read."""
         return f"{microseconds:6.2f} ({2 * self.num_inputs * self.num_weight_rows / microseconds / 1e6:.2f})"
 
-    def rule(self, num_rows: int, split_room: SplitRoom) -> TileTuning:
+    def rule(self, num_rows: int) -> TileTuning:
         """What is taken without being told."""
         return tuned(
             num_rows,
@@ -64,7 +64,6 @@ class Projection:
             is_gated=self.is_gated,
             is_normed=self.is_normed,
             head_dim=HEAD_DIM if self.name == "qkv" else 0,
-            split_room=split_room,
         )
 
 
@@ -89,7 +88,6 @@ class Model:
             for p in projections
         }
         self.norm = self._draw(HIDDEN)
-        self.split_room = SplitRoom.for_outputs(HIDDEN, self._device)
         self.resize(num_rows)
 
     def _draw(self, *size: int) -> torch.Tensor:
@@ -116,7 +114,7 @@ class Model:
     def run(self, name: str, tuning: TileTuning, layer: int, *, pdl: bool) -> None:
         """Our kernel, with all that stands around the product."""
         weight = self._weight(name, layer)
-        options: dict[str, Any] = {"split_room": self.split_room, "pdl": pdl, "tuning": tuning}
+        options: dict[str, Any] = {"pdl": pdl, "tuning": tuning}
         norm: dict[str, Any] = {"norm": self.norm, "epsilon": EPSILON, "normed": self.normed}
         hidden = self.hidden
         if name == "qkv":
@@ -169,18 +167,17 @@ def tunings(projection: Projection) -> Iterator[TileTuning]:
         (128, 1, 6, 4),
         (128, 2, 3, 8),
     ):
-        tuning = TileTuning(block_rows, parts, num_stages, num_warps)
-        yield tuning if projection.is_normed else replace(tuning, splits=block_rows // 32)
+        yield TileTuning(block_rows, parts, num_stages, num_warps)
     if projection.is_normed:
         yield TileTuning(64, parts=2, num_stages=4, triggers_late=False)
     else:
         yield TileTuning(32, parts=2, num_stages=6)
-        yield TileTuning(64, parts=2, num_stages=6)
+        yield TileTuning(64, parts=4, num_stages=4)
 
 
-def tries_of(projection: Projection, num_rows: int, split_room: SplitRoom, *, sweeps: bool) -> list[TileTuning]:
+def tries_of(projection: Projection, num_rows: int, *, sweeps: bool) -> list[TileTuning]:
     """The rule's and, with `sweeps`, all others."""
-    own = projection.rule(num_rows, split_room)
+    own = projection.rule(num_rows)
     return list(dict.fromkeys([own, *(tunings(projection) if sweeps else ())]))
 
 
@@ -255,7 +252,7 @@ def _product_times(model: Model, projection: Projection, num_rows: int, *, sweep
         return _of_one(lambda layer: model.run(name, tuning, layer, pdl=True))
 
     model.hidden.normal_()
-    tries = tries_of(projection, num_rows, model.split_room, sweeps=sweeps)
+    tries = tries_of(projection, num_rows, sweeps=sweeps)
     found = sorted(((ours(tuning), tuning) for tuning in tries), key=lambda pair: pair[0])
     return {
         "rows": num_rows,
@@ -269,15 +266,14 @@ def _product_times(model: Model, projection: Projection, num_rows: int, *, sweep
 
 def measure(row_counts: Sequence[int], *, sweeps: bool) -> dict[str, Any]:
     """All times, as JSON takes them; prints a table. Without `sweeps` only the tunings of the rule are timed."""
-    rooms = sorted({room_for(num_rows) for num_rows in row_counts})
-    no_device = SplitRoom.for_outputs(HIDDEN, torch.device("cpu"))
+    rooms = sorted({room_for(num_rows, is_normed=True) for num_rows in row_counts})
     variants = [
         (projection, room, tuning, True)
         for projection in PROJECTIONS
         for room in rooms
-        for tuning in tries_of(projection, room, no_device, sweeps=sweeps)
+        for tuning in tries_of(projection, room, sweeps=sweeps)
     ]
-    variants += [(p, room, p.rule(room, no_device), False) for p in LAYER for room in rooms]
+    variants += [(p, room, p.rule(room), False) for p in LAYER for room in rooms]
     compile_all(variants)
     model = Model(PROJECTIONS, 1, "cuda")
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "projections": [], "chains": []}
@@ -295,7 +291,7 @@ def measure(row_counts: Sequence[int], *, sweeps: bool) -> dict[str, Any]:
             )
             times["found"] = [{"us": time, "tuning": str(tuning)} for time, tuning in times["found"]]
             result["projections"].append(times)
-        ruled = {p.name: p.rule(num_rows, model.split_room) for p in LAYER}
+        ruled = {p.name: p.rule(num_rows) for p in LAYER}
         chain = _chain_times(model, ruled, best)
         text = ", ".join(f"{name} {time:.3f}" for name, time in chain.items())
         print(f"  rows {num_rows:2} chain of {MODEL_LAYERS} layers without attention, ms: {text}")

@@ -385,9 +385,9 @@ def warm_up_steps(
 ) -> list[tuple[Sampler, list[int]]]:
     """The steps that are run before the first request: sampler, and the tokens of each row.
 
-    On a GPU kernels differ with the number of rows and are compiled and loaded at their first use, so there are steps of all
-    orders of size; and the largest, since the memory that a step takes in passing stays with its stream. is_invariant: products
-    of long steps have kernels of their own for up to 128 tokens, and for blocks of as many.
+    On a GPU kernels differ with the number of tokens and rows and are compiled and loaded at their first use, so there are
+    steps of all orders of size; and the largest, since the memory that a step takes in passing stays with its stream.
+    is_invariant: products of long steps have kernels of their own for up to 128 tokens, and for blocks of as many.
     """
     steps = [(sampler, [num_tokens]) for sampler in Sampler for num_tokens in (1, 2, 3)]
     if is_cuda:
@@ -395,8 +395,8 @@ def warm_up_steps(
         row_counts = [2**power for power in range(1, max_rows.bit_length()) if 2**power < max_rows]
         steps += [(Sampler.GREEDY, [1] * num_rows) for num_rows in row_counts]
         steps += [(Sampler.FILTERED, [1] * max_rows), (Sampler.GREEDY, [max_step_tokens])]
-        if is_invariant:
-            steps += [(Sampler.GREEDY, [num_tokens]) for num_tokens in (128, 256, 384) if num_tokens < max_step_tokens]
+        prompts = (8, 16, 32, 64, 128, 256, 384) if is_invariant else (8, 16, 32, 64)
+        steps += [(Sampler.GREEDY, [num_tokens]) for num_tokens in prompts if num_tokens < max_step_tokens]
     return steps
 
 

@@ -1,4 +1,4 @@
-"""Finds out for which numbers of rows cuBLAS multiplies by a weight with the bits of `invariant_rows.py`. It keeps no weight.
+"""Finds out for which numbers of rows cuBLAS multiplies by a weight with the bits of `tile_rows.py`. It keeps no weight.
 
 For hundreds of rows cuBLAS is faster than the kernel of `tile_rows.py`. Mostly each of its sums is made by one program from the
 first column to the last, as there, and the tensor cores add up in the same way in tiles of all sizes; for some sizes it splits
@@ -13,7 +13,7 @@ import threading
 
 import torch
 
-from hotgraph_server.kernels.invariant_rows import invariant_product
+from hotgraph_server.kernels.tile_rows import tile_rows_linear
 
 MIN_ROWS = 129
 """Up to 128 rows the kernel of `tile_rows.py` has one block of tokens and does in itself what stands around a product."""
@@ -32,8 +32,8 @@ def rows_to_try(max_rows: int) -> list[int]:
     return sorted({*fine, *coarse, *([max_rows] if max_rows >= MIN_ROWS else [])})
 
 
-def equal_rows(weight: torch.Tensor, max_rows: int, *, is_normed: bool) -> frozenset[int]:
-    """Those of `rows_to_try` for which torch.mm gives the bits of `invariant_product`, by trying each once a process.
+def equal_rows(weight: torch.Tensor, max_rows: int, *, was_normed: bool) -> frozenset[int]:
+    """Those of `rows_to_try` for which torch.mm gives the bits of `tile_rows_linear`, by trying each once a process.
 
     weight: [out, in] on a GPU. It takes room for x and two results of max_rows rows, and waits for the device, about a
     millisecond for each number. Raises torch.OutOfMemoryError.
@@ -46,7 +46,7 @@ def equal_rows(weight: torch.Tensor, max_rows: int, *, is_normed: bool) -> froze
             size = (max(missing), weight.shape[1])
             x = torch.randn(size, dtype=weight.dtype, device=weight.device, generator=generator)
             for number in missing:
-                ours = invariant_product(x[:number], weight, is_normed=is_normed)
+                ours = tile_rows_linear(x[:number], weight, was_normed=was_normed)
                 theirs = torch.mm(x[:number], weight.t(), out=torch.empty_like(ours))
                 _found[weight.device, weight.dtype, weight.shape, number] = torch.equal(ours, theirs)
         return frozenset(number for number in numbers if _found[weight.device, weight.dtype, weight.shape, number])

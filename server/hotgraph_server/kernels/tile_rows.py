@@ -1,14 +1,17 @@
-"""Matrix products for up to 64 rows, with what stands behind them in a layer. It knows one product, no model.
+"""Matrix products whose sums have one order for any number of rows, with what stands behind them in a layer. It knows no model.
 
 For more rows than `few_rows.py` takes the weights' bytes are still the time, but the rows no longer fit the registers that hold
 loads in flight: here both come into shared memory by the copy engine of Hopper's multiprocessors, and their tensor cores read
 them there. The gated activation, rope with the write to the cache, and the sum with the residual are done in the kernel of the
 product; the norm before it has a small kernel of its own. A weight is [out, in] in rows, as `models/weights.py` keeps it.
 
-The definition is that of `few_rows.py`, and on the CPU it is what runs. The kernel, in `tile_rows_kernel.py`, runs on NVIDIA's
-GPUs of compute capability 9 alone, see `runs_on`, and takes weights that `tile_rows_triton.suits` says.
+Each sum is made by one program, over all columns from the first to the last. What the number of rows chooses, room for tokens,
+tiles and the ring, does not touch that order. So a row has the same bits alone, beside any others, at any place, and with any
+padding; `blas_rows.py` finds out for which numbers of rows cuBLAS gives them, faster.
 
-Sums may be split among programs, which then need room to meet: see `tile_rows_cuts.SplitRoom`.
+The definition is that of `few_rows.py`, and on the CPU it is what runs; that promises nothing of bits. The kernel, in
+`tile_rows_kernel.py`, runs on NVIDIA's GPUs of compute capability 9 alone, see `runs_on`, and takes weights that
+`tile_rows_triton.suits` says.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import torch
 from hotgraph_server.kernels import few_rows
 from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_reference
 from hotgraph_server.kernels.rope import RopePlan
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 
 
@@ -45,19 +47,19 @@ def tile_rows_linear(
     normed: torch.Tensor | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
-    split_room: SplitRoom | None = None,
+    was_normed: bool = False,
     pdl: bool = False,
 ) -> torch.Tensor:
     """y = x Wᵀ + bias for M rows, x normed before and y gated or added to the residual behind: `out`, or a new tensor.
 
-    x: [M, in], M from 1 to 64; weight: [out, in], or with `activation` [2 * out, in], gates in the first half; bias: as many
+    x: [M, in]; weight: [out, in], or with `activation` [2 * out, in], gates in the first half; bias: as many
     numbers as weight has rows; norm: [in], the weight of `rms_norm` with `epsilon`; activation: see `gated_activation`;
     residual: [M, out], which may be `out`, and then is updated in place; normed: [M, in], room for the normed x, overwritten.
     On a GPU: one 16-bit dtype, contiguous, a weight that `suits`, x from a multiple of 16 bytes on; `out` is no part of x and
     may be float32.
 
-    Sums are float32 and each is made in one order: the same input gives the same bits. A row's do not depend on the other rows,
-    only on whether there are up to 16, up to 32 or up to 64, and on whether there is a `split_room` that holds the product.
+    Sums are float32 and each is made in one order: the same row gives the same bits, whatever the others are and however many.
+    was_normed: a hint for the speed, that x was normed before, as all is but what O and down of a layer are given.
 
     With `pdl` the kernel starts while the one queued before still runs, and lets the one queued behind start too. It waits
     before it reads x or writes; weight and norm it reads without waiting, so no kernel in flight may write those.
@@ -75,7 +77,7 @@ def tile_rows_linear(
             normed=normed,
             activation=activation,
             residual=residual,
-            split_room=split_room,
+            was_normed=was_normed,
             pdl=pdl,
         )
     result = few_rows_reference(
@@ -97,7 +99,6 @@ def tile_rows_qkv(
     norm: torch.Tensor | None = None,
     epsilon: float = 0.0,
     normed: torch.Tensor | None = None,
-    split_room: SplitRoom | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
     """`tile_rows_linear` and then `rope_and_write_kv`, in the kernel of the product: the turned queries, in `out` or new.
@@ -118,7 +119,6 @@ def tile_rows_qkv(
             norm=norm,
             epsilon=epsilon,
             normed=normed,
-            split_room=split_room,
             pdl=pdl,
         )
     query = few_rows_qkv_reference(x, weight, rope, kv_indices, keys, values, bias=bias, norm=norm, epsilon=epsilon)

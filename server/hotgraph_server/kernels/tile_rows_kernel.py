@@ -1,12 +1,11 @@
-"""The Gluon kernel of matrix products for 9 to 64 rows; `tile_rows.py` launches it. It knows one product, no model.
+"""The Gluon kernel of matrix products in one order; `tile_rows.py` launches it. It knows one product, no model.
 
 The weight's tiles come into a ring in shared memory by the bulk copy engine (TMA) and are the M side of `wgmma`; the tokens,
-padded to 16, 32 or 64, are its N side and share the ring's stages. So hardly a register is spent on what is in flight.
-`invariant_rows.py` has it padded to 8, and to 128 and 256, where blocks of so many tokens have programs of their own.
+padded to a power of two from 8 to 256, are its N side and share the ring's stages. So hardly a register is spent on what is in
+flight. Of more tokens than there is room for, blocks have programs of their own.
 
-A result is the sum over all columns, 16 at a time from the first to the last, within each of SPLITS stretches of STEPS steps,
-and then the sum of the stretches in their order. So its bits follow from SPLITS and from the columns of a stretch, and not from
-how many tokens there are or are room for, nor from the sizes of tiles and of the ring.
+A result is the sum over all columns, 16 at a time from the first to the last. So its bits do not depend on how many tokens
+there are or are room for, nor on the sizes of tiles and of the ring.
 
 With `PDL` a kernel is launched before the one in front of it in the stream has ended (programmatic dependent launch). Up to
 `gdc_wait` it requests only what no kernel writes: the ring's first tiles of the weight. All its programs wait, so whoever waits
@@ -96,8 +95,6 @@ def tiles_kernel(
     table: ttgl.tensor,
     keys: ttgl.tensor,
     values: ttgl.tensor,
-    partials: ttgl.tensor,
-    arrivals: ttgl.tensor,
     num_tokens: ttgl.tensor,
     N: ttgl.constexpr,
     K: ttgl.constexpr,
@@ -106,7 +103,6 @@ def tiles_kernel(
     BOX_ROWS: ttgl.constexpr,
     PARTS: ttgl.constexpr,
     STAGES: ttgl.constexpr,
-    SPLITS: ttgl.constexpr,
     STEPS: ttgl.constexpr,
     ACTIVATION: ttgl.constexpr,
     DISTANCE: ttgl.constexpr,
@@ -116,12 +112,10 @@ def tiles_kernel(
     TRIGGERS_LATE: ttgl.constexpr,
     num_warps: ttgl.constexpr,
 ) -> None:
-    """A program makes the outputs of one tile's rows for all tokens, from all of K or from one of SPLITS stretches of it.
+    """A program makes the outputs of one tile's rows for all tokens, from all of K in STEPS steps of PARTS * 64 columns.
 
-    A stretch is STEPS steps of PARTS * 64 columns. The grid is (tiles, SPLITS); with room for more than 64 tokens a program has
-    one block of them, and the grid is (blocks of tokens, tiles), not split: programs that read the same weight are neighbours.
-    x [tokens, K] and weight [N, K] are tensor descriptors. Programs of one tile leave float32 sums in `partials`; the last one
-    to arrive there adds them up in the order of K and sets `arrivals` back to 0.
+    The grid is (tiles,); with room for more than 64 tokens a program has one block of them, and the grid is (blocks of tokens,
+    tiles): programs that read the same weight are neighbours. x [tokens, K] and weight [N, K] are tensor descriptors.
     """
     dtype: ttgl.constexpr = weight.dtype
     num_steps: ttgl.constexpr = STEPS
@@ -131,13 +125,9 @@ def tiles_kernel(
     if TOKENS <= 64:
         first_token = 0
         block = ttgl.program_id(0)
-        split_number = ttgl.program_id(1)
     else:
-        ttgl.static_assert(SPLITS == 1)
         first_token = ttgl.program_id(0) * TOKENS
         block = ttgl.program_id(1)
-        split_number = 0
-    first_step = split_number * num_steps
     row = block * BOX_ROWS
     if HEAD_DIM > 0:
         ttgl.static_assert(DISTANCE % BOX_ROWS == 0)
@@ -164,9 +154,7 @@ def tiles_kernel(
     for stage in ttgl.static_range(STAGES):
         barrier = barriers.index(stage)
         mbarrier.expect(barrier, stage_bytes)
-        _request_weight(
-            weight, ring, barrier, stage, row, first_step + stage, True, TILE_ROWS, BOX_ROWS, PARTS, DISTANCE
-        )
+        _request_weight(weight, ring, barrier, stage, row, stage, True, TILE_ROWS, BOX_ROWS, PARTS, DISTANCE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         if not TRIGGERS_LATE:
@@ -176,7 +164,7 @@ def tiles_kernel(
         "fence.proxy.async.global; // dummy $0", "=r", [], dtype=ttgl.int32, is_pure=False, pack=1
     )
     for stage in ttgl.static_range(STAGES):
-        _request_tokens(x, token_ring, barriers.index(stage), stage, first_token, first_step + stage, True, PARTS)
+        _request_tokens(x, token_ring, barriers.index(stage), stage, first_token, stage, True, PARTS)
     if HEAD_DIM > 0:
         turns = load_turns(
             positions,
@@ -209,7 +197,6 @@ def tiles_kernel(
         is_wanted = (step > 0) & (next_step < num_steps)
         barrier = barriers.index(freed)
         mbarrier.expect(barrier, stage_bytes, is_wanted)
-        next_step += first_step
         _request_weight(weight, ring, barrier, freed, row, next_step, is_wanted, TILE_ROWS, BOX_ROWS, PARTS, DISTANCE)
         _request_tokens(x, token_ring, barrier, freed, first_token, next_step, is_wanted, PARTS)
         is_last = stage == STAGES - 1
@@ -222,41 +209,23 @@ def tiles_kernel(
     ttgl.thread_barrier()
     barriers._keep_alive()
 
-    is_last_one = True
-    if SPLITS > 1:
-        # In the order in which the tensor cores leave them: nothing has to change its thread.
-        local = ttgl.arange(0, TILE_ROWS, layout=ttgl.SliceLayout(1, layout))[:, None]
-        token = ttgl.arange(0, TOKENS, layout=ttgl.SliceLayout(0, layout))[None, :]
-        size: ttgl.constexpr = TILE_ROWS * TOKENS
-        mine = partials + block * (SPLITS * size) + local * TOKENS + token
-        ttgl.store(mine + split_number * size, product)
-        ttgl.thread_barrier()
-        is_last_one = ttgl.atomic_add(arrivals + block, 1, sem="acq_rel") == SPLITS - 1
-    if is_last_one:
-        if SPLITS > 1:
-            product = ttgl.load(mine, cache_modifier=".cg")
-            for split in range(1, SPLITS):  # rolled up: all parts at once would take too many registers
-                product += ttgl.load(mine + split * size, cache_modifier=".cg")
-            ttgl.store(arrivals + block, 0)
-        if HEAD_DIM > 0:
-            store_heads(
-                out,
-                keys,
-                values,
-                product,
-                bias,
-                turns,
-                num_tokens,
-                first_token,
-                head,
-                first_column,
-                N,
-                BOX_ROWS,
-                NUM_KV_HEADS,
-                HEAD_DIM,
-                num_warps,
-            )
-        else:
-            store_product(
-                out, product, bias, residual, num_tokens, first_token, row, N, BOX_ROWS, ACTIVATION, num_warps
-            )
+    if HEAD_DIM > 0:
+        store_heads(
+            out,
+            keys,
+            values,
+            product,
+            bias,
+            turns,
+            num_tokens,
+            first_token,
+            head,
+            first_column,
+            N,
+            BOX_ROWS,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            num_warps,
+        )
+    else:
+        store_product(out, product, bias, residual, num_tokens, first_token, row, N, BOX_ROWS, ACTIVATION, num_warps)

@@ -1,4 +1,4 @@
-"""Launches the Gluon kernel of matrix products for up to 64 rows, and knows which weights that takes.
+"""Launches the Gluon kernel of matrix products in one order, and knows which weights that takes.
 
 What it gives is defined in `few_rows.py`. It is imported where there is no Triton, too; its kernel is not.
 """
@@ -14,10 +14,9 @@ from hotgraph_server.kernels.rope import RopePlan
 from hotgraph_server.kernels.tile_rows_cuts import (
     COLUMNS,
     MAX_ROWS,
+    ROOMS,
     SHARED_BYTES,
-    SplitRoom,
     TileTuning,
-    num_steps_of,
     room_for,
     tuned,
 )
@@ -44,23 +43,24 @@ def tile_rows_linear_triton(
     normed: torch.Tensor | None = None,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
-    split_room: SplitRoom | None = None,
+    was_normed: bool = False,
     pdl: bool = False,
     tuning: TileTuning | None = None,
     room: int | None = None,
 ) -> torch.Tensor:
-    """`tile_rows_linear` in its kernels. A `tuning` that splits needs a `split_room` that holds it.
+    """`tile_rows_linear` in its kernels. Neither a `tuning` nor a `room` changes a bit of the result.
 
-    room: tokens that a program has room for, a power of two from 8 to 256; x has more rows only if it is more than 64.
+    room: tokens that a program has room for, one of `ROOMS`; x has more rows only if it is more than 64.
     """
     epilogue = linear_epilogue(weight, activation, residual)
     if out is None:
         out = x.new_empty(len(x), num_outputs_of(weight, activation))
+    is_normed = was_normed or norm is not None
     if tuning is None:
-        tuning = tuned(
-            len(x), *weight.shape, is_gated=activation is not None, is_normed=norm is not None, split_room=split_room
-        )
-    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, split_room, room, pdl=pdl)
+        tuning = tuned(len(x), *weight.shape, is_gated=activation is not None, is_normed=is_normed)
+    if room is None:
+        room = room_for(len(x), is_normed=is_normed)
+    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, room, pdl=pdl)
     return out
 
 
@@ -77,7 +77,6 @@ def tile_rows_qkv_triton(
     norm: torch.Tensor | None = None,
     epsilon: float = 0.0,
     normed: torch.Tensor | None = None,
-    split_room: SplitRoom | None = None,
     pdl: bool = False,
     tuning: TileTuning | None = None,
     room: int | None = None,
@@ -93,8 +92,10 @@ def tile_rows_qkv_triton(
         num_kv_heads = keys.shape[2]
         out = x.new_empty(len(x), len(weight) // head_dim - 2 * num_kv_heads, head_dim)
     if tuning is None:
-        tuning = tuned(len(x), *weight.shape, is_gated=False, is_normed=True, head_dim=head_dim, split_room=split_room)
-    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, split_room, room, pdl=pdl)
+        tuning = tuned(len(x), *weight.shape, is_gated=False, is_normed=True, head_dim=head_dim)
+    if room is None:
+        room = room_for(len(x), is_normed=True, head_dim=head_dim)
+    _launch(x, weight, out, bias, norm, epsilon, normed, epilogue, tuning, room, pdl=pdl)
     return out
 
 
@@ -108,23 +109,17 @@ def _launch(
     normed: torch.Tensor | None,
     epilogue: Epilogue,
     tuning: TileTuning,
-    split_room: SplitRoom | None,
-    room: int | None,
+    room: int,
     *,
     pdl: bool,
 ) -> None:
     if norm is not None:
         x = normed_triton(x, norm, epsilon, normed, pdl=pdl)
-    if room is None:
-        room = room_for(len(x))
-    is_split = tuning.splits > 1
     tensors = {
         "out": out,
         "x": x,
         "weight": weight,
         "bias": bias,
-        "partials": split_room.partials if is_split and split_room is not None else None,
-        "arrivals": split_room.arrivals if is_split and split_room is not None else None,
         **epilogue.tensors,
     }
     key = ("tiles", x.shape, weight.shape, tuning, room, pdl, *epilogue.constants.values())
@@ -140,22 +135,17 @@ def _launch(
     is_paired = epilogue.constants["DISTANCE"] != 0
     num_token_blocks = -(-num_rows // room)
     assert num_rows >= 1, "rows"
-    assert room in (8, 16, 32, 64, 128, 256), "a width that the tensor cores know"
+    assert room in ROOMS, "a width that the tensor cores know"
     assert num_token_blocks == 1 or room > MAX_ROWS, "rows for one tile"
     assert suits(weight), "a weight as `make_linear` has it"
     assert x.is_contiguous(), "x is contiguous"
     assert x.dtype == weight.dtype, "one dtype"
     assert out.is_contiguous(), "the result is contiguous"
-    num_steps = num_steps_of(tuning, num_inputs)
+    num_steps = tuning.num_steps(num_inputs)
     num_blocks = -(-len(weight) // tuning.block_rows)
     assert min(num_steps, 2) <= tuning.num_stages <= num_steps, "a stage to fill while one is read, and none in vain"
     assert tuning.shared_bytes(room) <= SHARED_BYTES, "a ring that fits"
     assert tuning.num_warps == 4 or tuning.block_rows == 128, "64 rows for four warps"
-    if tuning.splits > 1:
-        assert tuning.block_rows >= 64, "what is split fills its tiles"
-        assert split_room is not None, "room for what is split"
-        assert room <= MAX_ROWS, "one block of tokens"
-        assert split_room.holds(tuning, len(weight), room), "room for what is split"
     box_rows = tuning.block_rows // 2 if is_paired else tuning.block_rows
     # What the copy engine is told of a matrix goes to the kernel by value, so a graph keeps it.
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -171,7 +161,6 @@ def _launch(
         "BOX_ROWS": box_rows,
         "PARTS": tuning.parts,
         "STAGES": tuning.num_stages,
-        "SPLITS": tuning.splits,
         "STEPS": num_steps,
         "PDL": pdl,
         "TRIGGERS_LATE": tuning.triggers_late,
@@ -179,5 +168,5 @@ def _launch(
         **PDL_OPTIONS[pdl],
         **epilogue.constants,
     }
-    grid = (num_blocks, tuning.splits) if room <= MAX_ROWS else (num_token_blocks, num_blocks)
+    grid = (num_blocks,) if room <= MAX_ROWS else (num_token_blocks, num_blocks)
     launch_as(key, tiles_kernel, grid, tensors, arguments)

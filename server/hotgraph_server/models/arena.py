@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from hotgraph_server.kernels.tile_rows import runs_on
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.models.shape import DecoderShape
 
 
@@ -27,7 +25,6 @@ class Activations:
     update: torch.Tensor | None = None
     gate_up: torch.Tensor | None = None
     gated: torch.Tensor | None = None
-    split_room: SplitRoom | None = None
 
 
 class DecoderArena:
@@ -41,9 +38,8 @@ class DecoderArena:
         max_rows: int,
         dtype: torch.dtype,
         device: torch.device,
-        splits_sums: bool = True,
     ) -> None:
-        """splits_sums: for layers that do, where the device has such kernels. Raises RuntimeError when it lacks the memory."""
+        """Raises RuntimeError when the device lacks the memory."""
         # The last layer goes on with one token a row, and padding rows may outnumber the tokens.
         capacity = max(max_tokens, max_rows)
 
@@ -61,16 +57,12 @@ class DecoderArena:
         self._last_hidden = room(max_rows, shape.hidden_size)
         self._last_attended = room(max_rows, shape.num_heads, shape.head_dim)
         self._logits = room(max_rows, shape.vocabulary_size, dtype=torch.float32)
-        # Of this arena alone: those of live steps and of what runs apart are used at the same time.
-        self._split_room: SplitRoom | None = None
-        if splits_sums and runs_on(device):
-            self._split_room = SplitRoom.for_outputs(shape.hidden_size, device)
 
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
         rooms = [room for room in vars(self).values() if isinstance(room, torch.Tensor)]
-        return sum(room.nbytes for room in rooms) + (0 if self._split_room is None else self._split_room.num_bytes)
+        return sum(room.nbytes for room in rooms)
 
     def tokens(self, num_tokens: int) -> Activations:
         """For all tokens of a step."""
@@ -84,7 +76,6 @@ class DecoderArena:
             update=self._update[:num_tokens],
             gate_up=self._gate_up[:num_tokens],
             gated=self._gated[:num_tokens],
-            split_room=self._split_room,
         )
 
     def last_tokens(self, num_rows: int) -> Activations:
@@ -97,7 +88,6 @@ class DecoderArena:
             update=self._update[:num_rows],
             gate_up=self._gate_up[:num_rows],
             gated=self._gated[:num_rows],
-            split_room=self._split_room,
         )
 
     def logits(self, num_rows: int) -> torch.Tensor:

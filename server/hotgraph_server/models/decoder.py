@@ -131,14 +131,7 @@ class Decoder:
         if isinstance(self._layers, InvariantLayers):
             with torch.inference_mode():
                 self._layers.try_out(max_tokens)
-        return DecoderArena(
-            self._shape,
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            dtype=self.dtype,
-            device=self.device,
-            splits_sums=not self._layers.is_invariant,
-        )
+        return DecoderArena(self._shape, max_tokens=max_tokens, max_rows=max_rows, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def forward(

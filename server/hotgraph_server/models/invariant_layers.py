@@ -1,6 +1,6 @@
 """A decoder's layers and head for steps of any size in which a row's bits depend on no other row, on Hopper.
 
-It knows the kernels whose sums have one order (`kernels/invariant_rows.py`, `kernels/attention_invariant.py`) and for which
+It knows the kernels whose sums have one order (`kernels/tile_rows.py`, `kernels/attention_invariant.py`) and for which
 models they are there. Short steps are those of `tile_rows_layers.py`, long ones those of `layers.py`, each with such products:
 all the rest of a layer works on each row by itself anyway, and rounds in the same places.
 """
@@ -8,14 +8,11 @@ all the rest of a layer works on each row by itself anyway, and rounds in the sa
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from hotgraph_server.kernels.blas_rows import MIN_ROWS, equal_rows
-from hotgraph_server.kernels.invariant_rows import invariant_linear, invariant_product, invariant_qkv
-from hotgraph_server.kernels.tile_rows import runs_on
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
+from hotgraph_server.kernels.tile_rows import runs_on, tile_rows_linear
 from hotgraph_server.kernels.tile_rows_triton import suits
 from hotgraph_server.models.layers import Layer, Layers
 from hotgraph_server.models.tile_rows_layers import TileRowsLayers
@@ -23,24 +20,24 @@ from hotgraph_server.models.weights import DenseLinear, Linear
 
 
 class InvariantLinear(DenseLinear):
-    """The weight of another, multiplied in the order of `invariant_rows.py`: by cuBLAS where that was seen to give its bits."""
+    """The weight of another, multiplied in the order of `tile_rows.py`: by cuBLAS where that was seen to give its bits."""
 
-    def __init__(self, linear: Linear, *, is_normed: bool) -> None:
-        """is_normed: what it is given was normed before."""
+    def __init__(self, linear: Linear, *, was_normed: bool) -> None:
+        """was_normed: what it is given was normed before."""
         assert isinstance(linear, DenseLinear), "a weight as it is, which is what every GPU is given"
         super().__init__(linear.weight, linear.bias)
-        self._is_normed = is_normed
+        self._was_normed = was_normed
         self._equal_rows: frozenset[int] = frozenset()
 
     def try_out(self, max_rows: int) -> None:
         """From now on cuBLAS takes what it can; see `equal_rows`. Products with a bias stay where they are."""
         if self.bias is None:
-            self._equal_rows |= equal_rows(self.weight, max_rows, is_normed=self._is_normed)
+            self._equal_rows |= equal_rows(self.weight, max_rows, was_normed=self._was_normed)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if len(x) in self._equal_rows and (out is None or out.dtype == x.dtype):
             return super().__call__(x, out)
-        return invariant_product(x, self.weight, out, bias=self.bias, is_normed=self._is_normed)
+        return tile_rows_linear(x, self.weight, out, bias=self.bias, was_normed=self._was_normed)
 
 
 class InvariantLayers(Layers):
@@ -54,7 +51,7 @@ class InvariantLayers(Layers):
             layers.shape,
             [_with_products(layer) for layer in layers.layers],
             layers.norm,
-            InvariantLinear(layers.head, is_normed=True),
+            InvariantLinear(layers.head, was_normed=True),
         )
 
     @staticmethod
@@ -88,20 +85,14 @@ class ShortInvariantLayers(TileRowsLayers):
     def _min_tokens(self) -> int:
         return 1
 
-    def _linear(self, *arguments: Any, split_room: SplitRoom | None = None, **options: Any) -> torch.Tensor:
-        return invariant_linear(*arguments, **options)  # of which no sum is split
-
-    def _qkv(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        return invariant_qkv(*arguments, **options)
-
 
 def _with_products(layer: Layer) -> Layer:
     return replace(
         layer,
-        qkv=InvariantLinear(layer.qkv, is_normed=True),
-        output=InvariantLinear(layer.output, is_normed=False),
-        gate_up=InvariantLinear(layer.gate_up, is_normed=True),
-        down=InvariantLinear(layer.down, is_normed=False),
+        qkv=InvariantLinear(layer.qkv, was_normed=True),
+        output=InvariantLinear(layer.output, was_normed=False),
+        gate_up=InvariantLinear(layer.gate_up, was_normed=True),
+        down=InvariantLinear(layer.down, was_normed=False),
     )
 
 

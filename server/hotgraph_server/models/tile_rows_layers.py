@@ -6,8 +6,6 @@ what one hands to the next is the sum itself; both norms of a layer have small k
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hotgraph_server.kernels.tile_rows import can_fuse_rope, runs_on, tile_rows_linear, tile_rows_qkv
@@ -61,7 +59,7 @@ class TileRowsLayers(Layers):
         layer, linear = self.layers[index], _dense(self.layers[index].qkv)
         if not self._fuses_rope:
             return self._turned(index, self._normed_product(linear, x, layer.attention_norm, at.qkv, at), inputs, at)
-        return self._qkv(
+        return tile_rows_qkv(
             x,
             linear.weight,
             inputs.rope,
@@ -102,7 +100,7 @@ class TileRowsLayers(Layers):
         at: Activations,
         activation: str | None = None,
     ) -> torch.Tensor:
-        return self._linear(
+        return tile_rows_linear(
             x,
             _dense(linear).weight,
             out,
@@ -115,21 +113,14 @@ class TileRowsLayers(Layers):
         )
 
     def _add_product(self, linear: Linear, x: torch.Tensor, hidden: torch.Tensor, at: Activations) -> None:
-        self._linear(
+        tile_rows_linear(
             x,
             _dense(linear).weight,
             hidden,
             bias=_dense(linear).bias,
             residual=hidden,
-            split_room=at.split_room,
             pdl=self._pdl,
         )
-
-    def _linear(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        return tile_rows_linear(*arguments, **options)
-
-    def _qkv(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        return tile_rows_qkv(*arguments, **options)
 
 
 def _dense(linear: Linear) -> DenseLinear:

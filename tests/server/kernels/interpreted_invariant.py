@@ -1,4 +1,4 @@
-"""Attention and sums of rows in one order, in Triton's interpreter. `test_invariant_rows.py` runs this in its own process."""
+"""Attention and sums of rows in one order, in the interpreter: `test_attention_invariant.py` runs it in a process."""
 
 from __future__ import annotations
 

@@ -32,7 +32,6 @@ from hotgraph_server.kernels.rope_kv import rope_and_write_kv_triton
 from hotgraph_server.kernels.sample_triton import BlockResults, PlainSampling, sample_plain_triton
 from hotgraph_server.kernels.sample_triton import _blocks_kernel as blocks_kernel
 from hotgraph_server.kernels.sample_triton import _finish_kernel as finish_kernel
-from hotgraph_server.kernels.tile_rows_cuts import SplitRoom
 from hotgraph_server.kernels.tile_rows_kernel import tiles_kernel
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.server.kernels.recording_driver import STREAM, RecordingDriver, recording
@@ -78,7 +77,6 @@ class Places:
         self.keys, self.values = (half(8, BLOCK_SIZE, HEADS, HEAD_DIM) for _ in range(2))
         self.kv_indices = torch.arange(num_tokens)
         self.rope = RopePlan(torch.randn(64, HEAD_DIM), torch.arange(num_tokens), None)
-        self.room = SplitRoom.for_outputs(HIDDEN, torch.device("cpu"))
         self.rows = DeviceRows(
             block_tables=torch.zeros(num_rows, 4, dtype=torch.int32),
             context_lens=torch.ones(num_rows, dtype=torch.int32),
@@ -116,7 +114,6 @@ def tiles(at: Places, *, pdl: bool = True) -> None:
         epsilon=1e-5,
         normed=at.normed,
         residual=at.out,
-        split_room=at.room,
         pdl=pdl,
     )
 
@@ -295,7 +292,7 @@ def test_no_tensor_is_kept_alive(driver: RecordingDriver) -> None:
     at = Places(20, 4)
     tiles(at)
     attention(at)
-    gone = [weakref.ref(tensor) for tensor in (at.x, at.weight, at.room.partials, at.keys)]
+    gone = [weakref.ref(tensor) for tensor in (at.x, at.weight, at.out, at.keys)]
     assert len(again._kept) == 4
     del at
     assert all(reference() is None for reference in gone)

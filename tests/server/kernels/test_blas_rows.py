@@ -40,8 +40,8 @@ def test_what_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of a result that is one unit off is enough; each size of weight and rows is tried once, on random rows."""
     tried: list[int] = []
 
-    def product(x: torch.Tensor, weight: torch.Tensor, *, is_normed: bool) -> torch.Tensor:
-        assert is_normed
+    def product(x: torch.Tensor, weight: torch.Tensor, *, was_normed: bool) -> torch.Tensor:
+        assert was_normed
         assert x.std() > 0.5
         tried.append(len(x))
         result = torch.mm(x, weight.t())
@@ -49,12 +49,12 @@ def test_what_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
             result[7, 3] = result[7, 3].nextafter(torch.tensor(torch.inf))
         return result
 
-    monkeypatch.setattr(blas_rows, "invariant_product", product)
+    monkeypatch.setattr(blas_rows, "tile_rows_linear", product)
     weight = torch.randn(24, 32)
-    assert equal_rows(weight, 200, is_normed=True) == {144, 176, 192, 200}
+    assert equal_rows(weight, 200, was_normed=True) == {144, 176, 192, 200}
     assert tried == [144, 160, 176, 192, 200]
-    assert equal_rows(torch.randn(24, 32), 192, is_normed=True) == {144, 176, 192}
-    assert equal_rows(weight, 100, is_normed=True) == frozenset()
+    assert equal_rows(torch.randn(24, 32), 192, was_normed=True) == {144, 176, 192}
+    assert equal_rows(weight, 100, was_normed=True) == frozenset()
     assert tried == [144, 160, 176, 192, 200]
-    equal_rows(torch.randn(25, 32), 150, is_normed=True)
+    equal_rows(torch.randn(25, 32), 150, was_normed=True)
     assert tried[5:] == [144, 150]

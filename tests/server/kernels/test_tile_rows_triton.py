@@ -1,4 +1,4 @@
-"""The kernel of products for up to 64 rows where there is no GPU: it compiles for one, in the order that it has to have."""
+"""The kernel of products in one order where there is no GPU: it compiles for one, in the order that it has to have."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from hotgraph_server.kernels.few_rows_triton import normed_triton
+from hotgraph_server.kernels.norm import add_rms_norm_triton, rms_norm_triton
 from hotgraph_server.kernels.rope import RopePlan
-from hotgraph_server.kernels.tile_rows_cuts import MAX_ROWS, SplitRoom, TileTuning, tuned
+from hotgraph_server.kernels.tile_rows_cuts import TileTuning, room_for, tuned
 from hotgraph_server.kernels.tile_rows_triton import tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.server.kernels.before_wait import Before, before_wait
 from tests.server.kernels.compiler import compile_launches, num_loads_before_wait, spills
 from tests.server.kernels.few_rows_checks import Product
 
-CPU = torch.device("cpu")
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 LAYER = {
     "qkv": Product(HIDDEN, 3 * HIDDEN, has_norm=True, has_bias=True),
@@ -25,7 +26,7 @@ LAYER = {
     "down": Product(INTERMEDIATE, HIDDEN, has_residual=True),
     "head": Product(HIDDEN, VOCABULARY, has_norm=True),
 }
-ROOMS = (16, 32, 64)
+ROWS = (8, 16, 32, 64, 128, 256)
 NUM_MULTIPROCESSORS = 132
 SHARED_BYTES_OF_A_MULTIPROCESSOR = 233_472
 
@@ -40,7 +41,6 @@ def launch(
     pdl: bool,
     dtype: torch.dtype = torch.float16,
     out_dtype: torch.dtype | None = None,
-    split_room: SplitRoom | None = None,
     tuning: TileTuning | None = None,
 ) -> None:
     """Tensors without numbers: nothing is computed."""
@@ -55,7 +55,6 @@ def launch(
         epsilon=1e-5,
         activation=product.activation,
         residual=out if product.has_residual else None,
-        split_room=split_room,
         pdl=pdl,
         tuning=tuning,
     )
@@ -95,19 +94,17 @@ def assert_ring(kernel: Any, tuning: TileTuning, room: int, *, is_paired: bool) 
     assert re.search(r"\bSTG", end)
 
 
-@pytest.mark.parametrize("num_rows", ROOMS)
+@pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("name", LAYER)
 def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing spills, enough of the weight is on its way at a time, and all of that goes out before the wait."""
     product = LAYER[name]
     kernels = compile_launches(monkeypatch)
-    split_room = SplitRoom.for_outputs(HIDDEN, CPU)
     launch(
         product,
         num_rows,
         pdl=True,
         out_dtype=torch.float32 if name == "head" else None,
-        split_room=split_room,
     )
     assert [kernel.name for kernel in kernels] == ["norm_kernel"] * product.has_norm + ["tiles_kernel"]
     assert all(set(before_wait(norm).reads) == {"norm"} for norm in kernels[:-1])
@@ -119,12 +116,12 @@ def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.Mo
         product.num_inputs,
         is_gated=is_gated,
         is_normed=product.has_norm,
-        split_room=split_room,
     )
-    assert_ring(kernels[-1], tuning, num_rows, is_paired=is_gated)
+    room = room_for(num_rows, is_normed=product.has_norm)
+    assert_ring(kernels[-1], tuning, room, is_paired=is_gated)
     bytes_ahead = tuning.block_rows * 128 * tuning.parts * tuning.num_stages
-    programs_that_fit = SHARED_BYTES_OF_A_MULTIPROCESSOR // (tuning.shared_bytes(num_rows) + 1024)
-    programs_there = num_weight_rows / tuning.block_rows * tuning.splits / NUM_MULTIPROCESSORS
+    programs_that_fit = SHARED_BYTES_OF_A_MULTIPROCESSOR // (tuning.shared_bytes(room) + 1024)
+    programs_there = num_weight_rows / tuning.block_rows / NUM_MULTIPROCESSORS
     assert min(programs_that_fit, programs_there) * bytes_ahead > BYTES_IN_FLIGHT
 
 
@@ -136,6 +133,9 @@ def test_kernels_for_a_7b_llama(name: str, num_rows: int, monkeypatch: pytest.Mo
         ((32, 8, 128), 4096, 64),
         ((9, 3, 64), 576, 32),
         ((6, 6, 96), 576, 16),
+        ((32, 32, 128), 4096, 8),
+        ((9, 3, 64), 576, 128),
+        ((32, 32, 128), 4096, 300),
     ],
 )
 def test_queries_keys_and_values_in_one_kernel(
@@ -152,23 +152,10 @@ def test_queries_keys_and_values_in_one_kernel(
     bias = torch.empty(num_outputs).bfloat16()
     tile_rows_qkv_triton(x, weight, rope, indices, *cache, bias=bias, norm=weight[0], epsilon=1e-5, pdl=True)
     tuning = tuned(num_rows, num_outputs, hidden, is_gated=False, is_normed=True, head_dim=head_dim)
-    assert_ring(kernels[-1], tuning, num_rows, is_paired=True)
+    assert_ring(kernels[-1], tuning, room_for(num_rows, is_normed=True, head_dim=head_dim), is_paired=True)
     before, after = kernels[-1].asm["ptx"].split("griddepcontrol.wait")
     assert "ld.global" not in before  # the positions are another kernel's
     assert len(re.findall(r"st\.global\S*\.v4", after)) >= 4
-
-
-def test_a_split_sum_is_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of one tile store what they have, meet once, and the last one reads all of it past the first cache."""
-    kernels = compile_launches(monkeypatch)
-    tuning = TileTuning(128, parts=1, num_stages=4, num_warps=8, splits=4)
-    launch(LAYER["down"], 64, pdl=True, split_room=SplitRoom.for_outputs(HIDDEN, CPU), tuning=tuning)
-    assert_ring(kernels[0], tuning, 64, is_paired=False)
-    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add", kernels[0].asm["ptx"])
-    stores = re.findall(r"st\.global\S*", before)
-    assert len(stores) == 128 * 64 // (32 * 8) // 2  # two numbers each
-    assert "bar.sync" in before[before.rindex("st.global") :]
-    assert len(re.findall(r"ld\.global\.cg", after)) >= len(stores)
 
 
 def test_without_pdl_no_kernel_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,13 +177,29 @@ def test_the_next_kernel_can_start_early(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"ACQBULK.*PREEXIT.*HGMMA", kernels[0].asm["sass"], re.DOTALL)
 
 
-def test_three_kernels_serve_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for up to 16 rows, one for up to 32 and one for up to 64, and one norm."""
+def test_few_kernels_serve_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each room and one for several blocks of 128 rows, and one norm."""
     kernels = compile_launches(monkeypatch)
-    for num_rows in range(1, MAX_ROWS + 1):
-        launch(Product(576, 1536, has_norm=True, activation="silu"), num_rows, pdl=True)
+    for num_rows in (*range(1, 66), 100, 128, 129, 256, 300, 384, 512):
+        launch(Product(576, 5000, has_norm=True), num_rows, pdl=True)
     hashes = {name: {k.hash for k in kernels if k.name == name} for name in ("norm_kernel", "tiles_kernel")}
-    assert {name: len(found) for name, found in hashes.items()} == {"norm_kernel": 1, "tiles_kernel": 3}
+    assert len(hashes["norm_kernel"]) == 1
+    assert 6 <= len(hashes["tiles_kernel"]) <= 7
+
+
+def test_the_norms_before_short_and_long_products_add_up_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`norm_kernel` and the norm after a sum have each number in the same thread, so their sums have one order."""
+    kernels = compile_launches(monkeypatch)
+    for size in (576, 4096, 5120):
+        x, weight = torch.empty(300, size).half(), torch.empty(size).half()
+        kernels.clear()
+        rms_norm_triton(x, weight, 1e-5)
+        add_rms_norm_triton(x, torch.empty_like(x), weight, 1e-5)
+        normed_triton(x, weight, 1e-5, None, pdl=True)
+        layouts = {tuple(re.findall(r"#blocked\w* = (.*)", kernel.asm["ttgir"])) for kernel in kernels}
+        assert len(kernels) == 3
+        assert len(layouts) == 1
+        assert all(layouts)
 
 
 def test_every_activation_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

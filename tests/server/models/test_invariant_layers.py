@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 import pytest
 import torch
 
 from hotgraph_server.errors import ModelLoadError
 from hotgraph_server.kernels.attention import paged_attention
-from hotgraph_server.models import arena as arena_module
-from hotgraph_server.models import invariant_layers, layers
-from hotgraph_server.models.arena import DecoderArena
+from hotgraph_server.models import invariant_layers, layers, tile_rows_layers
 from hotgraph_server.models.decoder import Decoder
 from hotgraph_server.models.invariant_layers import InvariantLayers, InvariantLinear, ShortInvariantLayers
-from hotgraph_server.models.shape import DecoderShape
 from hotgraph_server.models.weights import DenseLinear
 from tests.server.models.driver import Driver, random_tokens
 from tests.server.models.test_few_rows_layers import CONFIGS, CPU, TOLERANCES, decoder, recorded, source
@@ -61,7 +57,9 @@ def test_logits_are_those_of_plain_layers(name: str, dtype: torch.dtype) -> None
 def test_every_product_of_every_step_is_invariant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one token on nothing is multiplied or attended to elsewhere; long steps have products alone."""
     calls: list[tuple[str, object]] = []
-    recorded(monkeypatch, invariant_layers, ["invariant_linear", "invariant_product", "invariant_qkv"], calls)
+    long: list[tuple[str, object]] = []
+    recorded(monkeypatch, tile_rows_layers, ["tile_rows_linear", "tile_rows_qkv"], calls)
+    recorded(monkeypatch, invariant_layers, ["tile_rows_linear"], long)
     kinds: list[object] = []
 
     def noted(*arguments: object, is_invariant: bool, **options: object) -> torch.Tensor:
@@ -75,10 +73,11 @@ def test_every_product_of_every_step_is_invariant(name: str, monkeypatch: pytest
     num_layers = len(model.kv_layout)
     for num_tokens in (1, 2, 3, 9, 65, 128, 129, 150):
         calls.clear()
+        long.clear()
         kinds.clear()
         driver.step({f"{num_tokens}": [3] * num_tokens})
-        assert len(calls) == 4 * num_layers + 1
-        assert {call[0] == "invariant_product" for call in calls} == {num_tokens > 128}
+        num_products = 4 * num_layers + 1
+        assert (len(calls), len(long)) == ((0, num_products) if num_tokens > 128 else (num_products, 0))
         assert kinds == [True] * num_layers
 
 
@@ -86,15 +85,15 @@ def test_products_go_to_cublas_where_it_has_the_same_bits(monkeypatch: pytest.Mo
     """For the numbers of rows that were found, results of its own dtype, and weights without a bias; else never."""
     asked: list[tuple[int, bool]] = []
 
-    def equal_rows(weight: torch.Tensor, max_rows: int, *, is_normed: bool) -> frozenset[int]:
-        asked.append((max_rows, is_normed))
+    def equal_rows(weight: torch.Tensor, max_rows: int, *, was_normed: bool) -> frozenset[int]:
+        asked.append((max_rows, was_normed))
         return frozenset({144, 160})
 
     calls: list[tuple[str, object]] = []
-    recorded(monkeypatch, invariant_layers, ["invariant_product"], calls)
+    recorded(monkeypatch, invariant_layers, ["tile_rows_linear"], calls)
     monkeypatch.setattr(invariant_layers, "equal_rows", equal_rows)
     weight, bias = torch.randn(24, 16), torch.randn(24)
-    plain, biased = (InvariantLinear(DenseLinear(weight, part), is_normed=True) for part in (None, bias))
+    plain, biased = (InvariantLinear(DenseLinear(weight, part), was_normed=True) for part in (None, bias))
     for num_rows, linear, out in (
         (144, plain, None),
         (145, plain, None),
@@ -130,14 +129,3 @@ def test_models_that_cannot_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(invariant_layers, "suits", lambda weight: weight.shape[1] != 80)
     with pytest.raises(ModelLoadError, match="no product for a weight 48x80"):
         invariant("llama", torch.float16, is_forced=False)
-
-
-def test_the_arena_has_room_for_what_is_split_only_where_sums_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four numbers for each of 64 rows and output, or nothing."""
-    monkeypatch.setattr(arena_module, "runs_on", lambda device: True)
-    shape = DecoderShape.from_config(CONFIGS["llama"]())
-    options: dict[str, Any] = {"max_tokens": 300, "max_rows": 12, "dtype": torch.float16, "device": CPU}
-    room = DecoderArena(shape, **options).tokens(300).split_room
-    assert room is not None
-    assert room.partials.numel() == 4 * 64 * 128
-    assert DecoderArena(shape, splits_sums=False, **options).tokens(300).split_room is None
