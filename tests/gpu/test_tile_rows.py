@@ -11,7 +11,7 @@ from hotgraph_server.kernels.few_rows import few_rows_qkv_reference, few_rows_re
 from hotgraph_server.kernels.rope import RopePlan, rotary_table
 from hotgraph_server.kernels.tile_rows import runs_on, tile_rows_linear, tile_rows_qkv
 from hotgraph_server.kernels.tile_rows_cuts import TileTuning
-from hotgraph_server.kernels.tile_rows_triton import suits, tile_rows_linear_triton, tile_rows_qkv_triton
+from hotgraph_server.kernels.tile_rows_triton import readable_rows, suits, tile_rows_linear_triton, tile_rows_qkv_triton
 from tests.gpu.tile_rows_times import measure
 from tests.server.kernels.few_rows_checks import DTYPES, EPSILON, Product, assert_near, draw, exact
 
@@ -227,6 +227,23 @@ def test_rows_do_not_meet(num_rows: int) -> None:
             mixed = others.x.clone()
             mixed[row] = inputs.x[row]
             assert torch.equal(run(mixed)[row], whole[row])
+
+
+@pytest.mark.parametrize("num_rows", [5, 40, 64, 96, 200])
+def test_rows_beyond_x_change_nothing(num_rows: int) -> None:
+    """Whether the memory of x goes on, and whatever stands there, the result is the same; nothing but it is written."""
+    for product in (Product(4096, 1000, has_norm=False), Product(2064, 500, activation="silu")):
+        inputs = draw(product, num_rows, torch.float16, CUDA, num_rows)
+        alone = tile_rows_linear(inputs.x, inputs.weight, activation=product.activation)
+        assert readable_rows(inputs.x, 256) == num_rows
+        for filling in (torch.nan, torch.inf, 1.0):
+            room = torch.full((300, product.num_inputs), filling, dtype=torch.float16, device=CUDA)
+            room[:num_rows] = inputs.x
+            assert readable_rows(room[:num_rows], 256) == 256
+            out = torch.full((300, product.num_outputs), 7.0, dtype=torch.float16, device=CUDA)
+            tile_rows_linear(room[:num_rows], inputs.weight, out[:num_rows], activation=product.activation)
+            assert torch.equal(out[:num_rows], alone)
+            assert (out[num_rows:] == 7.0).all()
 
 
 @pytest.mark.parametrize("num_rows", [9, 16, 32, 64])

@@ -20,9 +20,9 @@ SHARED_BYTES = 232_448
 """Of a multiprocessor's shared memory, what one program can have."""
 _BARRIER_BYTES = 8
 _MULTIPROCESSORS = 132  # of an H100 or H200
-# Programs from which on most of these have one; and those from which on larger tiles are worth more, where rows are many.
+# Programs from which on most of these have one, and, for what is not normed, from which on as many bytes are on their way.
 _FEW_PROGRAMS = 90
-_FEW_LARGE_PROGRAMS = 60
+_FEW_ADDED_PROGRAMS = 60
 _MAX_STAGES = 8
 
 
@@ -86,11 +86,17 @@ _FEW: dict[str, tuple[TileTuning, TileTuning, TileTuning, TileTuning]] = {
         TileTuning(64, parts=1, num_stages=6),
     ),
     # O and down, of few outputs: half of the multiprocessors with twice the ring are as fast as all of them.
-    "added": (
-        TileTuning(64, parts=4, num_stages=6),
-        TileTuning(64, parts=2, num_stages=10),
+    "o": (
+        TileTuning(64, parts=4, num_stages=4),
         TileTuning(64, parts=2, num_stages=8),
-        TileTuning(64, parts=2, num_stages=6),
+        TileTuning(32, parts=2, num_stages=8),
+        TileTuning(32, parts=2, num_stages=6, triggers_late=False),
+    ),
+    "down": (
+        TileTuning(64, parts=4, num_stages=6),
+        TileTuning(32, parts=2, num_stages=10, triggers_late=False),
+        TileTuning(64, parts=2, num_stages=8),
+        TileTuning(32, parts=2, num_stages=6, triggers_late=False),
     ),
 }
 
@@ -116,14 +122,13 @@ def _tuned(
     elif is_normed:
         name = "qkv" if head_dim > 0 or num_weight_rows < 24_000 else "head"
     else:
-        name = "added"
+        name = "down" if num_inputs > 8192 else "o"
     if room <= MAX_ROWS:
         tuning = _FEW[name][ROOMS.index(room)]
     else:
         tuning = TileTuning(128, parts=1, num_stages=_MAX_STAGES, num_warps=8)
     num_blocks = 2 if has_blocks else 1
-    is_lone_block = room > MAX_ROWS and not has_blocks
-    least_programs = _FEW_LARGE_PROGRAMS if name == "added" and is_lone_block else _FEW_PROGRAMS
+    least_programs = _FEW_PROGRAMS if is_normed or has_blocks else _FEW_ADDED_PROGRAMS
     # Heads whose halves no box divides; and small weights, whose programs take fewer rows each.
     while (head_dim > 0 and (head_dim // 2) % (tuning.block_rows // 2) != 0) or (
         tuning.block_rows > 32 and num_weight_rows * num_blocks < tuning.block_rows * least_programs
