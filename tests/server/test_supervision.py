@@ -180,7 +180,7 @@ async def test_engine_that_hangs_in_its_self_test(folder: Path, monkeypatch: pyt
     """It is given up after the limit, with status 70."""
     assert self_test.__kwdefaults__ is not None
     monkeypatch.setitem(self_test.__kwdefaults__, "limit_seconds", 0.1)
-    monkeypatch.setattr("hotgraph_server.daemon.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("hotgraph_server.daemon.model_host.CLOSE_SECONDS", 0.1)
     told, engine = Told(), FakeEngine()
     engine.hold_step(0)
     assert await serve(settings(folder), build=builder(engine), notifier=told) == 70
