@@ -10,12 +10,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from hotgraph.v1 import generation_pb2
 from hotgraph.v1.generation_pb2 import GraphPolicy, OutputOptions
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from hotgraph_server.engine import FakeEngine
+from hotgraph_server.errors import EngineFailedError
 from hotgraph_server.rpc.guard import STATUS_SECONDS
 from hotgraph_server.rpc.inference import LATE_SECONDS
 from tests.integration.harness import (
@@ -244,6 +246,24 @@ async def test_row_with_wrong_numbers_ends_its_request_alone() -> None:
         assert len(error.metadata["incident"]) == 32
         await served.check_alive()
         await eventually(served.is_all_free)
+
+
+@pytest.mark.parametrize("reason", ["ENGINE_FAILED", "DRAINING"])
+async def test_calls_that_come_at_the_end_hear_why(reason: str) -> None:
+    """Sixty calls at once in the moment in which the daemon ends hear why: none is CANCELLED, as if its caller had left."""
+    async with serving(engine=slow_engine()) as served:
+        running = [asyncio.create_task(refused(remaining(await started(served)))) for _ in range(4)]
+        request = CompleteRequest(text="x", max_tokens=3)
+        calls = [asyncio.create_task(refused(served.inference.Complete(request))) for _ in range(60)]
+        await asyncio.sleep(0)  # they are on their way, and nobody has taken one yet
+        if reason == "ENGINE_FAILED":
+            served.daemon._on_failure(EngineFailedError("the engine failed", retry_after_seconds=1.0))
+            served.scheduler.end_all(EngineFailedError("the engine failed", retry_after_seconds=1.0))
+        else:
+            served.daemon.drain(0.0)
+        errors = await asyncio.gather(*running, *calls)
+        assert {(error.code, error.reason) for error in errors} == {(CODE.UNAVAILABLE, reason)}
+        assert all(error.retry_seconds and error.pushback_ms for error in errors)
 
 
 async def test_reader_that_does_not_read_ends_at_the_deadline() -> None:

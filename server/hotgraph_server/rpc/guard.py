@@ -52,6 +52,7 @@ class ActiveCalls:
 
     def __init__(self) -> None:
         self._count = 0
+        self._num_begun = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -62,6 +63,7 @@ class ActiveCalls:
     @contextmanager
     def one(self) -> Iterator[None]:
         self._count += 1
+        self._num_begun += 1
         self._idle.clear()
         try:
             yield
@@ -70,8 +72,13 @@ class ActiveCalls:
             if not self._count:
                 self._idle.set()
 
-    async def wait_idle(self) -> None:
-        await self._idle.wait()
+    async def wait_quiet(self, seconds: float) -> None:
+        """Until none has been inside for so long."""
+        num_begun = -1
+        while num_begun != self._num_begun:
+            await self._idle.wait()
+            num_begun = self._num_begun
+            await asyncio.sleep(seconds)
 
 
 class Guard(grpc.aio.ServerInterceptor):

@@ -55,6 +55,7 @@ OUR_SERVICES: Final = (INFERENCE_SERVICE, GRAPH_SERVICE, ADMIN_SERVICE)
 HEALTH_SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 KIB: Final = 1024
+QUIET_SECONDS: Final = 0.02  # in which a call that has arrived is taken, one after the other
 
 # gRPC ignores an option it does not know, so each of these is provoked on the wire by a test.
 # A second daemon must fail to bind, not share the port silently.
@@ -326,8 +327,11 @@ class RpcServer:
         self._health.close()
 
     async def wait_idle(self) -> None:
-        """Until no call of our services is inside."""
-        await self._calls.wait_idle()
+        """Until no call of our services is inside, and none that has arrived is still to be taken.
+
+        What gRPC has of such ones when it stops it ends as CANCELLED, as if their callers had left.
+        """
+        await self._calls.wait_quiet(QUIET_SECONDS)
 
     async def stop(self, grace_seconds: float) -> None:
         """Listens no more; what is left after the grace is cut off. Sockets are removed."""
