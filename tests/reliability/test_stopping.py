@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import tempfile
@@ -103,6 +104,17 @@ async def test_one_signal_does_not() -> None:
     """The control: with one signal the drain goes on."""
     with pytest.raises(TimeoutError):
         await second_signal(1)
+
+
+async def test_a_reload_that_comes_too_late_changes_no_end() -> None:
+    """SIGHUP after SIGHUP while it ends: the status is its own. Death by SIGHUP is a clean end to systemd: no restart."""
+    async with victim() as daemon:
+        daemon.process.signal(signal.SIGTERM)
+        while daemon.process.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                daemon.process.signal(signal.SIGHUP)
+            await asyncio.sleep(0.002)
+        await ended_after(daemon.process, 1.0)
 
 
 async def test_signal_while_loading() -> None:

@@ -28,7 +28,7 @@ async def serve(
     """Runs a daemon until it is told to end; SIGTERM and SIGINT drain it. Returns the exit status of the process.
 
     `load` reads the settings again, for SIGHUP; it may raise SettingsError. `notifier` is by default what the environment
-    says.
+    says. SIGHUP is ignored from the end on.
     """
     loop = asyncio.get_running_loop()
     notifier = Notifier.from_environment() if notifier is None else notifier
@@ -54,6 +54,8 @@ async def serve(
     finally:
         for number in handlers:
             loop.remove_signal_handler(number)
+        # A reload that comes too late must not be the end: to systemd death by SIGHUP is a clean one, after which it starts none.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         notifier.close()
 
 
