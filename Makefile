@@ -76,6 +76,7 @@ test: $(VENV)/.dev protos ## set everything up and pass all tests that need no G
 	@tests/smoke/install_grpcurl.sh
 	$(BIN)/python -m pytest -m "not gpu and not soak" $(TEST_ARGUMENTS)
 
+# CONTRIBUTING.md says how the stress of mixed calls and faults among them, two minutes here, is run for a day.
 test-soak: $(VENV)/.dev protos ## a quarter of an hour of kills, floods, overload and failures inside; the figures are printed
 	$(BIN)/python -m pytest -m soak -s tests/reliability $(TEST_ARGUMENTS)
 

@@ -5,9 +5,9 @@ It knows the client's events and the fake engine's rule; it reads what was logge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from hotgraph_client import Event, Finished, HotgraphError, Started, Tokens
+from hotgraph_client import Completion, Event, Finished, HotgraphError, Started, Tokens
 from hotgraph_server.engine.token_rules import History, hash_rule
 from hotgraph_server.request import SamplingParams
 
@@ -23,14 +23,14 @@ class Record:
     errors: list[HotgraphError] = field(default_factory=list)
 
 
-def reference(record: Record) -> tuple[int, ...]:
-    """The tokens that the request must have, made one by one from the rule alone."""
+def reference(record: Record, num_tokens: int | None = None) -> tuple[int, ...]:
+    """The tokens that the request must have, all or the first so many, made one by one from the rule alone."""
     rule = hash_rule()
     sampling = (
         SamplingParams(temperature=0.0) if record.seed is None else SamplingParams(temperature=1.0, seed=record.seed)
     )
     token_ids: tuple[int, ...] = ()
-    for _ in range(record.max_tokens):
+    for _ in range(record.max_tokens if num_tokens is None else min(num_tokens, record.max_tokens)):
         token_ids += (rule(History(record.prompt_token_ids, token_ids, sampling, record.seed or 0)),)
     return token_ids
 
@@ -57,3 +57,33 @@ def violations(record: Record) -> list[str]:
     if isinstance(finished, Finished) and finished.usage.completion_tokens != len(expected):
         found.append(f"says that it has {finished.usage.completion_tokens} tokens")
     return found
+
+
+def violations_of_a_part(record: Record) -> list[str]:
+    """What cannot be of a request that its caller left, or that failed, before its last event."""
+    found = []
+    kinds = [type(event) for event in record.events]
+    if kinds and (kinds[0] is not Started or kinds.count(Started) != 1):
+        found.append("does not begin with its one Started")
+    if Finished in kinds[:-1]:
+        found.append("goes on after its Finished")
+    tokens = [event for event in record.events if isinstance(event, Tokens)]
+    token_ids = tuple(token_id for event in tokens for token_id in event.token_ids)
+    expected = reference(record, len(token_ids))
+    if token_ids != expected:
+        found.append("its tokens are not the first of the right ones")
+    if not bytes(expected).decode().startswith("".join(event.text for event in tokens)):  # text may lag behind
+        found.append("its text is not that of its tokens")
+    return found
+
+
+def violations_of_an_answer(record: Record, answer: Completion) -> list[str]:
+    """What cannot be of a request that was answered as a whole, in one message."""
+    (choice,) = answer.choices
+    assert choice.finish is not None
+    events: list[Event] = [
+        Started(answer.request_id, answer.model, answer.usage.prompt_tokens, answer.seed),
+        Tokens(0, choice.token_ids, choice.text, finish=choice.finish),
+        Finished((choice.finish,), answer.usage, answer.timings, answer.receipt),
+    ]
+    return violations(replace(record, events=events))

@@ -1,7 +1,5 @@
 """Failures where nobody expects them: at twelve points inside the daemon something is raised, memory is out, time passes, or
 the process dies. What callers see and how the process ends must be as the catalogue says.
-
-The points are wrapped round the daemon's own functions by the test's program: what is shipped has none, and nothing to refuse.
 """
 
 from __future__ import annotations
@@ -21,58 +19,11 @@ from hotgraph.v1.graph_pb2 import GRAPH_STATE_READY
 from hotgraph.v1.graph_service_pb2 import EvictGraphRequest, ListGraphsRequest
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from tests.integration.harness import PATIENCE_SECONDS, Caller, WireError, eventually, wire_error
+from tests.reliability.fail_points import ACTIONS, POINTS, arm, is_armed, program
 from tests.reliability.victims import is_free, victim
 
-SERVER: Final = "hotgraph_server"
 NUM_STREAMS: Final = 4
 NUM_TOKENS: Final = 150
-
-# Where, and whom a failure there reaches: "all" in flight, as the engine or the scheduler is beyond use; the one "call"; or
-# "none", as it is in the background.
-POINTS: Final = {
-    "prefill": (f"{SERVER}.scheduler.planner:Planner._plan_prefill", "all"),
-    "step": (f"{SERVER}.engine.fake:FakeEngine._run_step", "all"),
-    "sampling": (f"{SERVER}.engine.fake:FakeEngine._sample", "all"),
-    "capture_begin": ("graphcache.backends.eager:EagerBackend.capture", "none"),
-    "capture_end": ("graphcache.task:CaptureTask._publish", "none"),
-    "graph_swap": ("graphcache.store:GraphStore.publish", "none"),
-    "evict": ("graphcache.store:GraphStore.evict", "call"),
-    "alloc": (f"{SERVER}.scheduler.blocks:BlockManager.open", "all"),
-    "free": (f"{SERVER}.scheduler.blocks:BlockManager.close", "all"),
-    "detokenise": (f"{SERVER}.scheduler.detokenizer:Detokenizer.push", "all"),
-    "send": (f"{SERVER}.scheduler.stream:RequestStream.put", "all"),
-    "receive": (f"{SERVER}.scheduler.stream:RequestStream.__anext__", "call"),
-}
-ACTIONS: Final = {
-    "raise": "raise RuntimeError('secret words of a failure')",
-    "memory": "raise MemoryError",
-    "sleep": "time.sleep(0.5)",
-    "kill": "os.kill(os.getpid(), 9)",
-}
-
-# The point fires once, at the first call after its file is there.
-FAIL_POINT: Final = """
-import functools, os, time
-
-def fail_once(path, flag):
-    module, _, name = path.partition(":")
-    kind, _, method = name.partition(".")
-    owner = getattr(importlib.import_module(module), kind)
-    own = getattr(owner, method)
-
-    @functools.wraps(own)
-    def failing(*args, **kwargs):
-        try:
-            os.unlink(flag)
-        except FileNotFoundError:
-            return own(*args, **kwargs)
-        {action}
-        return own(*args, **kwargs)
-
-    setattr(owner, method, failing)
-
-fail_once({path!r}, {flag!r})
-"""
 
 
 async def is_serving(caller: Caller) -> bool:
@@ -106,22 +57,25 @@ async def provoke(point: str, caller: Caller) -> WireError | None:
 
 async def strike(point: str, action: str) -> None:
     """One failure under four streams, and all that must hold of it."""
-    path, reach = POINTS[point]
+    _, reach = POINTS[point]
     with tempfile.TemporaryDirectory(prefix="hg") as folder:
-        flag = Path(folder, "fail")
-        more = FAIL_POINT.format(path=path, flag=str(flag), action=ACTIONS[action])
-        async with victim(more=more) as daemon, Caller(daemon.address) as caller, Caller(daemon.address) as other:
+        flags = Path(folder)
+        async with (
+            victim(more=program(flags, [point])) as daemon,
+            Caller(daemon.address) as caller,
+            Caller(daemon.address) as other,
+        ):
             assert await is_serving(caller)
             calls = [
                 caller.inference.Generate(GenerateRequest(text="x", max_tokens=NUM_TOKENS)) for _ in range(NUM_STREAMS)
             ]
             streams = [asyncio.create_task(read(call)) for call in calls]
             await asyncio.sleep(0.2)
-            flag.touch()  # noqa: ASYNC240  (an empty file in memory)
+            arm(flags, point, action)
             begin = time.monotonic()
             error = await provoke(point, other)
             outcomes = await asyncio.wait_for(asyncio.gather(*streams), PATIENCE_SECONDS)
-            await eventually(lambda: not flag.exists())  # it was reached
+            await eventually(lambda: not is_armed(flags, point))  # it was reached
             seconds = time.monotonic() - begin
             failures = [outcome for outcome in (*outcomes, error) if isinstance(outcome, WireError)]
             assert not any("secret" in failure.message for failure in failures)

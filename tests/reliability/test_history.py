@@ -15,12 +15,13 @@ import pytest
 
 from hotgraph_client import (
     AsyncClient,
+    Choice,
     ChoiceFinish,
+    Completion,
     Finished,
     FinishReason,
     HotgraphError,
     Receipt,
-    ResumePolicy,
     RetryableError,
     Started,
     Timings,
@@ -29,11 +30,10 @@ from hotgraph_client import (
 )
 from tests.integration.harness import PATIENCE_SECONDS, Caller, eventually
 from tests.integration.processes import process
-from tests.reliability.history import Record, reference, violations
+from tests.reliability.history import Record, reference, violations, violations_of_a_part, violations_of_an_answer
+from tests.reliability.mix import ENDLESS
 from tests.reliability.probe import percentile
 from tests.reliability.victims import program, settings
-
-ENDLESS = ResumePolicy(max_losses=10_000, max_attempts=10_000, first_backoff_seconds=0.05, max_backoff_seconds=0.5)
 
 
 @dataclass
@@ -223,3 +223,40 @@ def test_every_break_of_a_history_is_found(spoil: Callable[[Record], None]) -> N
     record = whole()
     spoil(record)
     assert violations(record)
+
+
+def test_a_part_of_a_whole_history_has_nothing_wrong() -> None:
+    """However early a caller leaves, what came until then is right."""
+    for num_events in range(6):
+        record = whole()
+        del record.events[num_events:]
+        assert violations_of_a_part(record) == []
+
+
+BREAKS_OF_A_PART = [without(0), without(1), doubled(0), doubled(2), doubled(4), swapped, other_token, other_text]
+
+
+@pytest.mark.parametrize("spoil", BREAKS_OF_A_PART)
+def test_every_break_of_a_part_is_found(spoil: Callable[[Record], None]) -> None:
+    """What is wrong before the end is found though there is no end."""
+    record = whole()
+    spoil(record)
+    assert violations_of_a_part(record)
+
+
+def answer(token_ids: tuple[int, ...], text: str) -> Completion:
+    """An answer to `whole`'s request, in one message."""
+    choice = Choice(0, text, token_ids, (), ChoiceFinish(0, FinishReason.LENGTH))
+    usage = Usage(prompt_tokens=2, completion_tokens=6, cached_prompt_tokens=0)
+    return Completion("id", "fake", 0, (choice,), usage, Timings(0, 0, 0, 0, None, 0), Receipt())
+
+
+def test_answers_are_checked_as_streams_are() -> None:
+    """A whole answer with the right tokens passes; with a wrong one, or with a text that is another's, it does not."""
+    record = Record((97, 98), 6, None)
+    ids = reference(record)
+    text = bytes(ids).decode()
+    assert violations_of_an_answer(record, answer(ids, text)) == []
+    assert violations_of_an_answer(record, answer((ids[0] ^ 1, *ids[1:]), text))
+    assert violations_of_an_answer(record, answer(ids, "?" + text[1:]))
+    assert record.events == []

@@ -41,6 +41,9 @@ def options(settings):
     return [(name, value) for name, value in (found | changes).items() if value is not None]
 
 server.channel_options = options
+
+def load():
+    return Settings.model_validate_json(sys.argv[1])
 {more}
 
 async def build(settings, clock):
@@ -53,7 +56,7 @@ async def build(settings, clock):
     return daemon.Parts(engine, ByteTokenizer(), "fake")
 
 daemon.serve.__kwdefaults__["build"] = build
-sys.exit(daemon.run(Settings.model_validate_json(sys.argv[1])))
+sys.exit(daemon.run(load(), load=load))
 """
 
 
@@ -65,7 +68,8 @@ def program(
     more: str = "",
 ) -> str:
     """What the process runs. `options`: channel options changed, or with None left out; `patches`: values of constants, by
-    `module:NAME`; `more`: statements before the daemon starts."""
+    `module:NAME`; `more`: statements before the daemon starts; they may define
+    another `load`, which reads the settings now and at SIGHUP."""
     return PROGRAM.format(
         root=str(ROOT), step_seconds=step_seconds, options=dict(options or {}), patches=dict(patches or {}), more=more
     )
