@@ -54,7 +54,7 @@ async def serve(
     finally:
         for number in handlers:
             loop.remove_signal_handler(number)
-        # A reload that comes too late must not be the end: to systemd death by SIGHUP is a clean one, after which it starts none.
+        # A reload that comes too late must not end it: to systemd death by SIGHUP is a clean end, and it would start no other.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         notifier.close()
 
