@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -19,7 +20,7 @@ from hotgraph.v1 import inference_service_pb2 as pb
 from hotgraph.v1 import inference_service_pb2_grpc
 from hotgraph.v1.generation_pb2 import ChatPrompt, TokenIds
 from hotgraph_server.errors import InvalidRequestError, MalformedMessageError, SettingsError
-from hotgraph_server.rpc.guard import Guard, doubled_oneofs, named_request, parse_request
+from hotgraph_server.rpc.guard import ActiveCalls, Guard, doubled_oneofs, named_request, parse_request
 from tests.integration.harness import PATIENCE_SECONDS, WireError, eventually, refused, stream_refused
 
 CODE = grpc.StatusCode
@@ -215,3 +216,20 @@ async def test_client_that_leaves_cancels_the_handler() -> None:
         await eventually(lambda: guard.calls.count == 0)
         await asyncio.wait([reader])
         assert reader.cancelled()
+
+
+async def test_quiet_is_when_no_call_has_come_for_a_while() -> None:
+    """A call that comes during the pause is waited for, however short it is, and the pause begins again."""
+    calls = ActiveCalls()
+    quiet = asyncio.create_task(calls.wait_quiet(0.2))
+    await asyncio.sleep(0.1)
+    with calls.one():
+        pass
+    begin = time.monotonic()
+    await asyncio.wait_for(quiet, PATIENCE_SECONDS)
+    assert time.monotonic() - begin > 0.15
+    with calls.one():
+        quiet = asyncio.create_task(calls.wait_quiet(0.0))
+        await asyncio.sleep(0.05)
+        assert not quiet.done()
+    await asyncio.wait_for(quiet, PATIENCE_SECONDS)
