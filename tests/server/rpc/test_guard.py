@@ -114,7 +114,7 @@ async def errors_of(handler: Handler) -> list[WireError]:
             await refused(stub.Complete(pb.CompleteRequest(text="secret prompt"))),
             await stream_refused(stub.Generate(pb.GenerateRequest(text="secret prompt"))),
         ]
-        await asyncio.wait_for(guard.calls.wait_idle(), PATIENCE_SECONDS)
+        await asyncio.wait_for(guard.calls.wait_quiet(0.0), PATIENCE_SECONDS)
         return both
 
 
