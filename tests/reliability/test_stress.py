@@ -161,13 +161,15 @@ class Outcome:
                 yield f"tasks: {num_tasks_before} to {num_tasks_after}"
 
     def __str__(self) -> str:
-        away = sorted(end.serving_time - end.begin_time for end in self.ends if end.serving_time is not None)
+        away = sorted(end.serving_time - end.begin_time for end in self.ends if end.serving_time is not None) or [0.0]
+        ending_seconds = max((end.ended_time - end.begin_time for end in self.ends), default=0.0)
         lines = [
             f"{self.calls.total()} calls in {self.seconds:.0f} s: {dict(self.calls.most_common())}",
             f"{self.faults.total()} faults: {dict(self.faults)}, {self.num_not_reached} not reached",
-            f"{len(self.ends)} restarts, away p50 {away[len(away) // 2] if away else 0:.2f} s, max"
-            f" {away[-1] if away else 0:.2f} s; {self.num_clients_killed} clients killed, {self.num_hangups} SIGHUP,"
-            f" {self.num_reloads} reloads, {self.num_resumes} resumes",
+            f"{len(self.ends)} restarts, away p50 {away[len(away) // 2]:.2f} s, max {away[-1]:.2f} s, of which to the end"
+            f" itself max {ending_seconds:.2f} s",
+            f"{self.num_clients_killed} clients killed, {self.num_hangups} SIGHUP, {self.num_reloads} reloads,"
+            f" {self.num_resumes} resumes",
             f"{len(self.wrong)} wrong, {len(self.hung)} hung, {len(self.failures)} failed, of them {len(self.outside)} while"
             f" it was there, {self.num_injected} by a fault of one call; availability {100 * self.availability:.3f} %",
             f"failures by code: {dict(Counter(failure.code for failure in self.failures))}, log lines {dict(self.log)}",
