@@ -74,6 +74,7 @@ contract: $(VENV)/.dev ## take the protos as they are for what later changes may
 
 test: $(VENV)/.dev protos ## set everything up and pass all tests that need no GPU
 	@tests/smoke/install_grpcurl.sh
+	@tests/smoke/install_prometheus.sh || echo "the tests that need Prometheus are left out" >&2
 	$(BIN)/python -m pytest -m "not gpu and not soak" $(TEST_ARGUMENTS)
 
 # CONTRIBUTING.md says how the stress of mixed calls and faults among them, two minutes here, is run for a day.

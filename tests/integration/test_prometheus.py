@@ -1,6 +1,6 @@
 """A real Prometheus scrapes a real daemon: its rules are valid, its alerts fire on faults that are provoked, and not before.
 
-Skipped where `prometheus` and `promtool` are not on PATH (Debian's package `prometheus` has both).
+Skipped where there is none, and `tests/smoke/install_prometheus.sh` could not fetch it.
 """
 
 from __future__ import annotations
@@ -8,14 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
-import subprocess
-import urllib.parse
-import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,20 +16,15 @@ from hotgraph.v1.inference_service_pb2 import CompleteRequest
 from hotgraph_server.config import MetricsSettings
 from hotgraph_server.engine import FakeEngine
 from tests.integration.harness import Serving, eventually, letters, refused, serving
-
-FILES = Path(__file__).parents[2] / "server/hotgraph_server/observability/files"
-PATIENCE_SECONDS = 60.0
-
-needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")), reason="prometheus and promtool are not on PATH"
+from tests.integration.prometheus import (
+    FILES,
+    PATIENCE_SECONDS,
+    Prometheus,
+    fires,
+    needs_prometheus,
+    prometheus,
+    promtool,
 )
-
-
-def promtool(*arguments: str | Path) -> str:
-    command = ["promtool", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @needs_prometheus
@@ -213,71 +201,6 @@ def test_every_rule_fires_on_its_fault_and_on_nothing_else(tmp_path: Path) -> No
     assert "SUCCESS" in promtool("test", "rules", file)
 
 
-class Prometheus:
-    """A server that scrapes and evaluates four times a second."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def _get(self, path: str, **query: str) -> Any:
-        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    async def query(self, expression: str) -> list[Any]:
-        found: list[Any] = (await asyncio.to_thread(self._get, "query", query=expression))["result"]
-        return found
-
-    async def firing(self) -> set[str]:
-        alerts = (await asyncio.to_thread(self._get, "alerts"))["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
-
-
-@asynccontextmanager
-async def prometheus(target: str, folder: Path) -> AsyncIterator[Prometheus]:
-    """Our rules, with times of seconds for minutes: nobody waits for five of those in a test."""
-    rules = (FILES / "hotgraph-alerts.yml").read_text()
-    rules = re.sub(r"for: \d+m", "for: 0s", rules)
-    rules = re.sub(r"\[\d+[mh]\]", "[20s]", rules)
-    (folder / "rules.yml").write_text(rules)
-    configuration = {
-        "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "250ms"},
-        "rule_files": ["rules.yml"],
-        "scrape_configs": [{"job_name": "hotgraph", "static_configs": [{"targets": [target]}]}],
-    }
-    (folder / "prometheus.yml").write_text(json.dumps(configuration))
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = await asyncio.create_subprocess_exec(
-            "prometheus",
-            f"--config.file={folder}/prometheus.yml",
-            f"--storage.tsdb.path={folder}/data",
-            "--web.listen-address=127.0.0.1:0",
-            stderr=stderr,
-        )
-        try:
-
-            def listening() -> str | None:
-                found = re.search(r"Listening on\W+(?:address=)?([\d.]+:\d+)", log.read_text())
-                return found and found[1]
-
-            address = await eventually(lambda: listening() or process.returncode is not None, PATIENCE_SECONDS)
-            assert isinstance(address, str), log.read_text()
-            yield Prometheus(address)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-
-
-async def fires(server: Prometheus, *names: str) -> bool:
-    async def are_firing() -> bool:
-        return set(names) <= await server.firing()
-
-    found: bool = await eventually(are_firing, PATIENCE_SECONDS)
-    return found
-
-
 @needs_prometheus
 @pytest.mark.slow
 async def test_alerts_of_a_real_daemon(tmp_path: Path) -> None:
@@ -288,7 +211,7 @@ async def test_alerts_of_a_real_daemon(tmp_path: Path) -> None:
     scheduler = {"num_slots": 1, "max_waiting": 1}
     async with (
         serving(engine=engine, scheduler=scheduler, metrics=metrics) as served,
-        prometheus(served.daemon.observability.addresses[0], tmp_path) as server,
+        prometheus(tmp_path, served.daemon.observability.addresses[0]) as server,
     ):
         for _ in range(3):
             await complete(served)
