@@ -23,7 +23,7 @@ from graphcache.ledger import BudgetInfo
 from graphcache.policy import EvictionPolicy, ValuePolicy, make_policy
 from graphcache.profile import Profile, ProfileEntry
 from graphcache.settings import CacheSettings, CacheStats, check_bytes, check_stall_budget
-from graphcache.task import CaptureTask
+from graphcache.task import CaptureTask, tell_quarantine
 from graphcache.worker import Signal, Worker, WorkerState
 
 K = TypeVar("K", bound=Hashable)
@@ -284,7 +284,8 @@ class GraphCache(Generic[K]):
             if entry is None or entry.graph is not graph:
                 return False
             self._store.withdraw(entry, reason)
-            return True
+        tell_quarantine(graph.name, reason)
+        return True
 
     def budget(self) -> BudgetInfo:
         with self._core.changing():

@@ -113,7 +113,10 @@ class Capturer(Generic[K]):
     def _guard(self, failure: str, call: Callable[[], R]) -> R:
         try:
             return call()
-        except (CaptureError, DeviceLostError):
+        except DeviceLostError:
+            raise
+        except CaptureError as error:
+            log.warning("%s: %s", failure, error)
             raise
         except Exception as error:
             log.exception("%s", failure)

@@ -12,7 +12,7 @@ from graphcache.core import NEW_SAMPLE_WEIGHT, CacheCore
 from graphcache.entry import Entry
 from graphcache.errors import CaptureError, DeviceLostError
 from graphcache.events import EventType
-from graphcache.graph import CaptureTimings
+from graphcache.graph import CaptureTimings, GraphState
 from graphcache.interface import Captured
 from graphcache.store import NO_ROOM
 from graphcache.worker import Signal
@@ -22,7 +22,13 @@ K = TypeVar("K", bound=Hashable)
 log = logging.getLogger("graphcache")
 
 MAX_SECOND_FAILURES = 3  # of second looks at a graph, before it is withdrawn
+UNPUBLISHED = "it could not be published; the log has it"
 IDLE_LOOK_SECONDS = 0.25  # between looks whether nobody is served any more, where that is waited for
+
+
+def tell_quarantine(name: str, reason: str) -> None:
+    """To the log: this graph is not used any more. Without the cache's lock, as handlers may be slow."""
+    log.error("%s is quarantined: %s", name, reason)
 
 
 class CaptureTask(Generic[K]):
@@ -61,8 +67,13 @@ class CaptureTask(Generic[K]):
             # to go does so only then, so that a capture that fails costs nobody a graph.
             if core.store.victims(entry, entry.size_bytes) is None:
                 core.store.fail(entry, NO_ROOM)
-                return True
-            core.store.begin(entry)
+                has_room = False
+            else:
+                core.store.begin(entry)
+                has_room = True
+        if not has_room:
+            log.warning("no capture of %s: %s", entry.name, NO_ROOM)
+            return True
         self._capture(entry)
         self._destroy_idle()
         return True
@@ -82,13 +93,12 @@ class CaptureTask(Generic[K]):
             if entry is None or graph is None or not graph.acquire():
                 return False
         started, waited_seconds = core.clock.monotonic(), core.governor.waited_seconds
-        failure, is_replayed = "", False
+        failure, is_replayed, is_withdrawn = "", False, False
         try:
             is_replayed = self._capturer.verify_again(graph).is_replayed
         except MismatchError as error:
             failure = str(error)
         except CaptureError as error:
-            log.warning("%s could not be verified again: %s", graph.name, error)
             entry.num_second_failures += 1
             if entry.num_second_failures == MAX_SECOND_FAILURES:
                 failure = str(error)
@@ -102,11 +112,14 @@ class CaptureTask(Generic[K]):
             if entry.graph is graph:  # it may be gone meanwhile
                 if failure:
                     core.store.withdraw(entry, failure)
+                    is_withdrawn = True
                 elif is_replayed:
                     entry.is_replayed = True
                     core.store.tell_progress(EventType.VERIFIED, entry)
                 else:  # it could not be told: somebody came to be served, say
                     core.store.put_off(entry)
+        if is_withdrawn:
+            tell_quarantine(graph.name, failure)
         self._destroy_idle()
         return bool(is_replayed or failure)
 
@@ -148,6 +161,7 @@ class CaptureTask(Generic[K]):
         except MismatchError as error:
             with core.changing():
                 core.store.quarantine(entry, str(error))
+            tell_quarantine(entry.name, str(error))
         except CaptureError as error:
             with core.changing():
                 core.store.fail(entry, str(error))
@@ -156,7 +170,11 @@ class CaptureTask(Generic[K]):
             with core.changing():
                 core.store.fail(entry, str(error))
         else:
-            self._publish(entry, captured, timings, is_replayed=is_replayed)
+            try:
+                self._publish(entry, captured, timings, is_replayed=is_replayed)
+            except Exception:  # our own mistake: it costs this graph, and not what comes after it
+                log.exception("publishing %s failed", entry.name)
+                self._give_up(entry, captured)
         with core.changing():
             core.capture_seconds += NEW_SAMPLE_WEIGHT * (self._charge(started, waited_seconds) - core.capture_seconds)
 
@@ -212,6 +230,16 @@ class CaptureTask(Generic[K]):
                 core.store.fail(entry, NO_ROOM)
         if victims is None:
             self._capturer.destroy(entry.name, captured)
+            log.warning("no capture of %s: %s", entry.name, NO_ROOM)
+
+    def _give_up(self, entry: Entry[K], captured: Captured) -> None:
+        """Destroys what was captured and not published, and has its key tried again later."""
+        with self._core.changing():
+            if entry.state is not GraphState.CAPTURING:
+                return  # it was published all the same
+            entry.graph = entry.captured = entry.segment = None
+            self._core.store.fail(entry, UNPUBLISHED)
+        self._capturer.destroy(entry.name, captured)
 
     def _destroy_idle(self) -> None:
         core = self._core

@@ -24,7 +24,8 @@ from graphcache import (
     Priority,
     Profile,
 )
-from graphcache.store import FIRST_PUT_OFF_SECONDS
+from graphcache.capture import MISMATCH
+from graphcache.store import FIRST_PUT_OFF_SECONDS, NO_ROOM, GraphStore
 from graphcache.task import IDLE_LOOK_SECONDS, MAX_SECOND_FAILURES
 from tests.graphcache.turns import GivenTurns
 
@@ -482,3 +483,59 @@ def test_the_end_of_serving_is_soon_noticed(make_cache: MakeCache, clock: FakeCl
     assert cache._task.step() == 0.0
     cache.step_launching()
     assert cache._task.step() == IDLE_LOOK_SECONDS
+
+
+def test_what_cannot_be_published_fails_alone(
+    cache: GraphCache[str],
+    backend: FakeBackend,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mistake of our own while a graph is published costs that graph: it is destroyed, counted as failed, told in the log
+    and captured again later; the next one is published."""
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("a mistake")
+
+        patch.setattr(GraphStore, "publish", fail)
+        cache.record_miss("a", 0.1)
+        assert cache.run_pending() == 1
+    info = cache.get("a")
+    assert (info.state, info.num_failures) == (GraphState.FAILED, 1)
+    assert (cache.stats().num_failures, cache.stats().num_quarantines) == (1, 0)
+    assert backend.live == []
+    assert cache.budget().used_bytes == 0
+    assert [record.getMessage() for record in caplog.records] == ["publishing a failed"]
+    capture(cache, "b")
+    clock.advance(3600.0)
+    capture(cache, "a")
+    assert cache.stats().num_ready == 2
+
+
+def test_every_failure_is_one_line(
+    make_cache: MakeCache, program: FakeProgram, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever keeps a graph from being used is one line that names the graph: a backend that says no, a program that raises,
+    wrong results at once or reported later, and no room."""
+    cache = make_cache(budget_bytes=backend.size_bytes)
+    backend.failures["a"] = "it breaks capture"
+    program.failures["b"] = RuntimeError("broken")
+    program.mismatches.add("c")
+    backend.sizes["d"] = 2 * backend.size_bytes
+    for key in "abcd":
+        cache.request(key)
+        assert cache.run_pending() == 1
+    capture(cache, "e")
+    graph = cache.lookup("e")
+    assert graph is not None
+    assert cache.report_failure(graph, "seen to be wrong")
+    assert not cache.report_failure(graph, "seen to be wrong")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "capturing a failed: it breaks capture"),
+        ("ERROR", "binding b failed"),
+        ("ERROR", f"c is quarantined: {MISMATCH}"),
+        ("WARNING", f"no capture of d: {NO_ROOM}"),
+        ("ERROR", "e is quarantined: seen to be wrong"),
+    ]
