@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -48,7 +47,7 @@ def promtool(*arguments: str | Path) -> str:
 
 
 class Prometheus:
-    """A server that scrapes and evaluates four times a second."""
+    """A server that scrapes once a second, which leaves a loaded machine time to answer, and evaluates four times."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -60,6 +59,16 @@ class Prometheus:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path} {query}: {error.read().decode()}") from None
+
+    async def is_ready(self) -> bool:
+        def ask() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=10):
+                    return True
+            except urllib.error.HTTPError:
+                return False
+
+        return await asyncio.to_thread(ask)
 
     async def query(self, expression: str) -> list[Any]:
         found: list[Any] = (await asyncio.to_thread(self._get, "query", query=expression))["result"]
@@ -83,7 +92,7 @@ async def prometheus(folder: Path, *targets: str) -> AsyncIterator[Prometheus]:
     rules = re.sub(r"\[\d+[mh]\]", "[20s]", rules)
     (folder / "rules.yml").write_text(rules)
     configuration = {
-        "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms", "evaluation_interval": "250ms"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "250ms"},
         "rule_files": ["rules.yml"],
         "scrape_configs": [{"job_name": "hotgraph", "static_configs": [{"targets": targets}]}],
     }
@@ -106,7 +115,9 @@ async def prometheus(folder: Path, *targets: str) -> AsyncIterator[Prometheus]:
 
             address = await eventually(lambda: listening() or process.returncode is not None, PATIENCE_SECONDS)
             assert isinstance(address, str), log.read_text()
-            yield Prometheus(address)
+            server = Prometheus(address)
+            await eventually(server.is_ready, PATIENCE_SECONDS)  # it listens before it has read its files
+            yield server
         finally:
             if process.returncode is None:
                 process.kill()
