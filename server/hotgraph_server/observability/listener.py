@@ -163,6 +163,9 @@ class MetricsListener:
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             logger.debug("a scrape was given up: %s", type(error).__name__)
+        except asyncio.CancelledError:
+            # By `stop`, which waits for the task's end. Python 3.11 would print a traceback for a cancelled one.
+            logger.debug("a scrape was cut off: the daemon stops")
         finally:
             self._connections.discard(task)
             writer.transport.abort() if task.cancelling() else writer.close()

@@ -1,6 +1,7 @@
 """All that watches one daemon, put together: counters where things happen, the page and its listener, traces.
 
-Nothing of it is made unless the settings ask for it, and then no library of it is imported either.
+Two things are always watched, for the log: how late the event loop comes round, and file descriptors. Nothing else is made
+unless the settings ask for it, and then no library of it is imported either.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from hotgraph_server.config import Settings
+from hotgraph_server.observability.descriptors import Descriptors
+from hotgraph_server.observability.loop_lag import LoopLag
 from hotgraph_server.observability.observers import CallObservers, Observers
 from hotgraph_server.rpc import Lifecycle, RpcServer, ServedModel
 from hotgraph_server.threads import in_daemon_thread
@@ -17,7 +20,6 @@ from hotgraph_server.threads import in_daemon_thread
 if TYPE_CHECKING:
     from hotgraph_server.observability.captures import CaptureMetrics
     from hotgraph_server.observability.listener import MetricsListener
-    from hotgraph_server.observability.loop_lag import LoopLag
     from hotgraph_server.observability.requests import RequestMetrics
     from hotgraph_server.observability.traces import Traces
     from hotgraph_server.rpc.call import CallObserver
@@ -38,6 +40,7 @@ class Observability:
         self._requests: RequestMetrics | None = None
         self._captures: CaptureMetrics | None = None
         self._loop_lag: LoopLag | None = None
+        self._descriptors: Descriptors | None = None
         self._listener: MetricsListener | None = None
         self._traces: Traces | None = None
 
@@ -48,6 +51,11 @@ class Observability:
 
     async def start(self) -> None:
         """Listens for scrapes, and makes traces, if that is asked for. Raises AddressInUseError or SettingsError."""
+        # While the model loads nobody is held up.
+        self._loop_lag = LoopLag(is_told=lambda: self._lifecycle.served is not None)
+        self._descriptors = Descriptors()
+        self._loop_lag.start()
+        self._descriptors.start()
         observers: list[CallObserver] = []
         if self._settings.traces.endpoint is not None:
             from hotgraph_server.observability.traces import Traces
@@ -55,35 +63,32 @@ class Observability:
             self._traces = Traces(self._settings.traces)
             observers.append(self._traces)
         if self._settings.metrics.listen:
-            observers.append(await self._start_metrics())
+            observers.append(await self._start_metrics(self._loop_lag))
         if observers:
             self._rpc.observe(CallObservers(observers))
 
-    async def _start_metrics(self) -> CallObserver:
+    async def _start_metrics(self, loop_lag: LoopLag) -> CallObserver:
         from hotgraph_server.observability.calls import CallMetrics
         from hotgraph_server.observability.captures import CaptureMetrics
         from hotgraph_server.observability.listener import MetricsListener
-        from hotgraph_server.observability.loop_lag import LoopLag
         from hotgraph_server.observability.page import Page, Sources
         from hotgraph_server.observability.requests import RequestMetrics
 
         calls = CallMetrics()
         self._requests = RequestMetrics(max_clients=self._settings.metrics.max_clients)
         self._captures = CaptureMetrics()
-        self._loop_lag = LoopLag()
         page = Page(
             Sources(
                 lifecycle=self._lifecycle,
                 requests=self._requests,
                 calls=calls,
                 captures=self._captures,
-                loop_lag=self._loop_lag,
+                loop_lag=loop_lag,
                 num_calls_in_flight=lambda: self._rpc.num_calls,
             )
         )
         self._listener = MetricsListener(self._settings, page.families)
         await self._listener.start()
-        self._loop_lag.start()
         return calls
 
     def watch(self, served: ServedModel) -> None:
@@ -103,8 +108,9 @@ class Observability:
 
     async def stop(self) -> None:
         """May be called again, and without a start."""
-        if self._loop_lag is not None:
-            self._loop_lag.stop()
+        for watch in (self._loop_lag, self._descriptors):
+            if watch is not None:
+                watch.stop()
         if self._listener is not None:
             await self._listener.stop()
         if self._traces is not None:

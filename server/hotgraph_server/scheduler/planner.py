@@ -7,6 +7,7 @@ A sequence that needs a block when none is left takes those of the youngest.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
@@ -19,6 +20,8 @@ from hotgraph_server.scheduler.sampler import sampler_of, strongest
 from hotgraph_server.scheduler.sequence import Sequence, SequenceState
 from hotgraph_server.scheduler.slots import SlotPool
 from hotgraph_server.scheduler.waiting import WaitingQueue
+
+logger = logging.getLogger("hotgraph.scheduler")
 
 
 @dataclass(slots=True)
@@ -253,6 +256,8 @@ class Planner:
         sequence.move(SequenceState.WAITING)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+        request_id = sequence.ticket.request.request_id
+        logger.info("preempted: KV blocks ran out", extra={"request_id": request_id})
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -18,7 +18,7 @@ from hotgraph_server.config import MetricsSettings
 from hotgraph_server.errors import AddressInUseError, SettingsError
 from hotgraph_server.observability import listener
 from tests.certificates import make_authority, make_certificate
-from tests.integration.harness import Serving, serving
+from tests.integration.harness import Serving, eventually, serving
 from tests.server.observability.scraping import exchange, scrape
 
 TOKEN, OTHER = secrets.token_urlsafe(), secrets.token_urlsafe()
@@ -185,3 +185,17 @@ async def test_a_taken_address() -> None:
                 raise AssertionError("it started")
     finally:
         taken.close()
+
+
+async def test_a_scrape_that_the_end_cuts_off(caplog: pytest.LogCaptureFixture) -> None:
+    """A daemon that stops while it answers a scrape cuts it off, without a word above debug."""
+    async with serving(metrics=MetricsSettings(listen=("127.0.0.1:0",))) as served:
+        scrapes = [asyncio.create_task(scrape(address(served))) for _ in range(4)]
+        own = served.daemon.observability._listener
+        assert own is not None
+        await eventually(lambda: own._connections)
+        caplog.clear()
+        await served.daemon.observability.stop()
+        ends = await asyncio.gather(*scrapes, return_exceptions=True)
+        assert any(isinstance(end, ConnectionError) for end in ends)
+        assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
