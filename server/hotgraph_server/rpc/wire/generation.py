@@ -57,10 +57,12 @@ STEP_PHASES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """On the scheduler's monotonic clock. `is_server_limit`: nobody asked for it, the server sets it."""
+    """On the scheduler's monotonic clock. `is_server_limit`: nobody asked for it, the server sets it. `is_calls`: gRPC knows it
+    too, and ends the call by itself."""
 
     monotonic: float
     is_server_limit: bool
+    is_calls: bool = False
 
 
 # In.
