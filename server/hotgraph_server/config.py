@@ -147,6 +147,13 @@ class SchedulerSettings(Section):
     ] = 512
     default_max_tokens: Annotated[int, Field(ge=1, description="Completion tokens when a request names none.")] = 256
     prefix_caching: Annotated[bool, Field(description="Share KV blocks of equal prefixes.")] = True
+    fair_preemption: Annotated[
+        bool,
+        Field(
+            description="When no slot is free, a caller that runs nothing gets one of the caller that runs most, whose newest"
+            " sequence goes on later. Else it waits until one is free."
+        ),
+    ] = False
     crash_record: Annotated[
         Path | None,
         Field(

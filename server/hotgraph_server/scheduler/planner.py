@@ -2,7 +2,8 @@
 
 Order of a step: decode rows first, so that running streams never stop; then chunks of prompts already begun; then new
 sequences, of those callers first who run least (`waiting.py`).
-A sequence that needs a block when none is left takes those of the youngest.
+A sequence that needs a block when none is left takes those of the youngest. Where slots are taken back (`yielding.py`), that
+comes before all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from hotgraph_server.batch import Batch, BlockAppend, Row, Sampler, SlotAssignment
 from hotgraph_server.request import GraphMode
@@ -20,6 +22,7 @@ from hotgraph_server.scheduler.sampler import sampler_of, strongest
 from hotgraph_server.scheduler.sequence import Sequence, SequenceState
 from hotgraph_server.scheduler.slots import SlotPool
 from hotgraph_server.scheduler.waiting import WaitingQueue
+from hotgraph_server.scheduler.yielding import who_yields
 
 logger = logging.getLogger("hotgraph.scheduler")
 
@@ -47,7 +50,8 @@ class _Draft:
 
 
 class Planner:
-    """Holds the queue and what runs. `may_start` tells whether a sequence that waits may come in now."""
+    """Holds the queue and what runs. `may_start` tells whether a sequence that waits may come in now. `takes_back`: a caller
+    that runs nothing need not wait for a slot of one that runs several."""
 
     def __init__(
         self,
@@ -57,15 +61,17 @@ class Planner:
         max_step_tokens: int,
         shares_prefixes: bool,
         may_start: Callable[[Sequence], bool],
+        takes_back: bool = False,
     ) -> None:
         self.slots = slots
         self.blocks = blocks
         self.waiting: WaitingQueue[Sequence] = WaitingQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.num_preemptions = 0
+        self.num_preemptions = 0  # because blocks ran out
         self._max_step_tokens = max_step_tokens
         self._shares_prefixes = shares_prefixes
         self._may_start = may_start
+        self._takes_back = takes_back
         self._next_step = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -75,6 +81,8 @@ class Planner:
     def plan(self) -> Plan | None:
         """The next step, or None when nothing can run. The step counts as in flight from here on."""
         draft = _Draft(self._max_step_tokens)
+        if self._takes_back and self.waiting:
+            self._take_back()
         for sequence in list(self.running):
             if sequence.state is SequenceState.DECODE:  # not so any more when an older one has just taken its blocks
                 self._plan_decode(draft, sequence)
@@ -235,6 +243,21 @@ class Planner:
 
     # Making room.
 
+    def _take_back(self) -> None:
+        """Takes slots of callers that run several, one for each caller that waits and runs nothing.
+
+        Not while some wait to come back: those would have the slots, since it is blocks that are short.
+        """
+        if self.waiting.has_front:
+            return
+        num_coming = self.slots.num_slots - len(self.running)  # free, or so after the steps in flight
+        num_running = Counter(sequence.ticket.request.client for sequence in self.running)
+        num_spare = len(self.running) - len(num_running)
+        waiting = self.waiting.newcomers(num_running.__getitem__)
+        newcomers = islice((each for each in waiting if not self._must_wait(each)), num_coming + num_spare)
+        for sequence in who_yields(self.running, sum(1 for _ in newcomers) - num_coming):
+            self._preempt(sequence, "another caller ran nothing", is_front=False)
+
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether the sequence has a block for its next position; preempts the youngest to get one."""
         assert sequence.table is not None
@@ -243,21 +266,21 @@ class Planner:
             if self._has_retiring():
                 return False  # blocks come back when the steps in flight are done
             youngest = self.running[-1]
-            self._preempt(youngest)
+            self.num_preemptions += 1
+            self._preempt(youngest, "KV blocks ran out")
             if youngest is sequence:
                 return False
         self.blocks.extend(sequence.table, num_tokens)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes slot and blocks away; the sequence is first in the queue and will be computed again from its tokens."""
+    def _preempt(self, sequence: Sequence, reason: str, *, is_front: bool = True) -> None:
+        """Takes slot and blocks away; the sequence is first in the queue, or else first of its caller's, and will be computed
+        again from its tokens."""
         self.running.remove(sequence)
-        self.waiting.push_front(sequence)
+        self.waiting.put_back(sequence, is_front=is_front)
         sequence.move(SequenceState.WAITING)
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
-        request_id = sequence.ticket.request.request_id
-        logger.info("preempted: KV blocks ran out", extra={"request_id": request_id})
+        logger.info("preempted: %s", reason, extra={"request_id": sequence.ticket.request.request_id})
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -87,6 +87,7 @@ class Scheduler:
             max_step_tokens=info.max_step_tokens,
             shares_prefixes=settings.prefix_caching,
             may_start=self._may_start,
+            takes_back=settings.fair_preemption,
         )
         self._tickets: dict[str, Ticket] = {}
         self._in_flight: deque[_InFlight] = deque()

@@ -74,6 +74,17 @@ class WaitingQueue(Generic[WaiterT]):
         assert best is not None, "nobody waits"
         return next(iter(best.values()))
 
+    @property
+    def has_front(self) -> bool:
+        """Whether any waits that had run before and comes before all others."""
+        return bool(self._front)
+
+    def newcomers(self, num_running: Callable[[str], int]) -> Iterator[WaiterT]:
+        """The first of each caller that runs nothing, in the order of turns."""
+        for client, waiters in self._of_client.items():
+            if not num_running(client):
+                yield next(iter(waiters.values()))
+
     def num_of(self, client: str) -> int:
         """How many of a caller's wait for their turn."""
         return len(self._of_client.get(client, ()))

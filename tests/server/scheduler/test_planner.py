@@ -21,7 +21,12 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def make_planner(
-    *, num_slots: int = 4, num_blocks: int = 33, block_size: int = 4, max_step_tokens: int = 16
+    *,
+    num_slots: int = 4,
+    num_blocks: int = 33,
+    block_size: int = 4,
+    max_step_tokens: int = 16,
+    takes_back: bool = False,
 ) -> Planner:
     return Planner(
         SlotPool(num_slots),
@@ -29,6 +34,7 @@ def make_planner(
         max_step_tokens=max_step_tokens,
         shares_prefixes=True,
         may_start=lambda _: True,
+        takes_back=takes_back,
     )
 
 
@@ -204,13 +210,91 @@ def test_finishing_a_waiting_sequence_takes_it_from_the_queue() -> None:
     assert sequence.is_finished
 
 
+def start(planner: Planner, client: str, num: int = 1) -> list[Sequence]:
+    """That many of a caller run, one token further than their prompts."""
+    sequences = [add(planner, [1, 2], client=client)[0] for _ in range(num)]
+    complete(planner, plan(planner))
+    return sequences
+
+
+def test_a_newcomer_takes_the_slot_of_who_runs_most() -> None:
+    """The newest of theirs yields, once its steps are done, and goes on later with the tokens it has, before others of its
+    caller; who runs something already takes nothing."""
+    planner = make_planner(num_slots=3, takes_back=True)
+    oldest, older, newest = start(planner, "greedy", 3)
+    (queued,) = add(planner, [7], client="greedy")
+    ahead = plan(planner)
+    assert newest in ahead.sequences
+    (modest,) = add(planner, [3, 4], client="modest")
+    (second,) = add(planner, [5, 6], client="modest")
+    during = plan(planner)
+    assert during.sequences == [oldest, older]
+    assert newest.state is SequenceState.WAITING
+    complete(planner, ahead)
+    assert newest.token_ids == [1, 2, 65, 65], "what was sampled meanwhile counts"
+    complete(planner, during)
+    after = plan(planner)
+    assert after.sequences == [oldest, older, modest]
+    complete(planner, after)
+    assert (newest.num_preemptions, planner.num_preemptions) == (1, 0)
+    planner.finish(older)
+    again = plan(planner)
+    assert again.sequences == [oldest, modest, newest], "one each, and its caller's turn is longer ago"
+    assert list(again.batch.rows[2].token_ids or ()) == [1, 2, 65, 65]
+    assert list(planner.waiting) == [second, queued]
+
+
+def test_nothing_is_taken_back_unless_that_is_set() -> None:
+    """By default a newcomer waits."""
+    planner = make_planner(num_slots=2)
+    running = start(planner, "greedy", 2)
+    add(planner, [3, 4], client="modest")
+    assert plan(planner).sequences == running
+    assert not any(sequence.num_preemptions for sequence in running)
+
+
+def test_callers_who_run_one_each_keep_it() -> None:
+    """However many newcomers wait, no slot goes round; and no more slots are taken than there are newcomers."""
+    planner = make_planner(num_slots=4, takes_back=True)
+    running = start(planner, "a") + start(planner, "b") + start(planner, "c", 2)
+    for client in "defg":
+        add(planner, [3, 4], client=client)
+    complete(planner, plan(planner))
+    assert [sequence.state for sequence in running] == [SequenceState.DECODE] * 3 + [SequenceState.WAITING]
+    complete(planner, plan(planner))
+    assert sum(sequence.num_preemptions for sequence in running) == 1
+
+
+def test_who_may_not_start_takes_nothing() -> None:
+    """A newcomer that waits for its graphs is no reason to take a slot back."""
+    planner = make_planner(num_slots=2, takes_back=True)
+    running = start(planner, "greedy", 2)
+    planner._may_start = lambda _: False
+    add(planner, [3, 4], client="modest")
+    assert plan(planner).sequences == running
+    assert not any(sequence.num_preemptions for sequence in running)
+
+
+def test_nothing_is_taken_back_while_blocks_are_short() -> None:
+    """Who had to give way for blocks would have the slot, so newcomers take none until that one is back."""
+    planner = make_planner(num_slots=3, num_blocks=6, block_size=2, takes_back=True)
+    running = start(planner, "greedy", 3)
+    while not planner.waiting:
+        complete(planner, plan(planner))
+    assert (planner.num_preemptions, len(planner.running)) == (1, 2)
+    for client in "ab":
+        add(planner, [3, 4], client=client)
+    complete(planner, plan(planner))
+    assert sum(sequence.num_preemptions for sequence in running) == 1
+
+
 class PlannerMachine(RuleBasedStateMachine):
     """Requests come, leave and finish in any order, with and without running ahead, in a pool that is too small."""
 
-    @initialize(run_ahead=st.integers(0, 2))
-    def begin(self, run_ahead: int) -> None:
+    @initialize(run_ahead=st.integers(0, 2), takes_back=st.booleans())
+    def begin(self, run_ahead: int, takes_back: bool) -> None:
         self.run_ahead = run_ahead
-        self.planner = make_planner(num_slots=3, num_blocks=9, block_size=2, max_step_tokens=5)
+        self.planner = make_planner(num_slots=3, num_blocks=9, block_size=2, max_step_tokens=5, takes_back=takes_back)
         self.in_flight: deque[Plan] = deque()
         self.sequences: list[Sequence] = []
         self.written: dict[
@@ -218,9 +302,14 @@ class PlannerMachine(RuleBasedStateMachine):
         ] = {}  # slot -> tokens at its positions; None where only the device knows
         self.tables: dict[int, list[int]] = {}
 
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8), max_tokens=st.integers(1, 8))
-    def submit(self, prompt: list[int], max_tokens: int) -> None:
-        self.sequences += add(self.planner, prompt, max_tokens, num_choices=2 if len(prompt) == 4 else 1)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
+        max_tokens=st.integers(1, 8),
+        client=st.sampled_from("aaab"),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, client: str) -> None:
+        num_choices = 2 if len(prompt) == 4 else 1
+        self.sequences += add(self.planner, prompt, max_tokens, num_choices=num_choices, client=client)
 
     @precondition(lambda self: len(self.in_flight) <= self.run_ahead)
     @rule()

@@ -271,6 +271,25 @@ async def test_in_a_full_queue_the_greediest_gives_way(house: Make) -> None:
     assert_all_free(made)
 
 
+@pytest.mark.parametrize("run_ahead", [0, 1])
+async def test_a_newcomer_need_not_wait_for_who_runs_most(house: Make, run_ahead: int) -> None:
+    """With fair_preemption it runs long before any of theirs is done, and all get the tokens they would get anyway."""
+    settings = {"fair_preemption": True}
+    made = await house(num_slots=2, run_ahead=run_ahead, settings=settings, step_seconds=0.001)
+    wanted = [request(f"g{index}", bytes([97 + index]) * 20, max_tokens=60, client="greedy") for index in range(3)]
+    greedy = [asyncio.create_task(read(made.scheduler.submit(each))) for each in wanted]
+    await until(lambda: made.scheduler.status().num_completion_tokens > 20)
+    for number in range(3):
+        modest = request(f"m{number}", b"modest", max_tokens=4, client="modest")
+        assert (await read(made.scheduler.submit(modest))).token_ids == {0: expected(modest)}
+        assert not any(task.done() for task in greedy)
+    answers = [await task for task in greedy]
+    assert [answer.token_ids for answer in answers] == [{0: expected(each)} for each in wanted]
+    assert sum(answer.finished.receipt.num_preemptions for answer in answers) == 3
+    assert made.scheduler.status().num_preemptions == 0, "those are of blocks that run out"
+    assert_all_free(made)
+
+
 async def test_a_full_queue_loses_nobody_to_a_request_that_is_refused(house: Make) -> None:
     """Who would give way stays when the newcomer cannot be taken for another reason."""
     made = await house(num_slots=1, settings={"max_waiting": 3}, step_seconds=0.001)

@@ -119,3 +119,15 @@ def test_the_fullest_is_whose_requests_are_most() -> None:
     assert [queue.num_of(client) for client in "abcd"] == [1, 3, 2, 0]
     assert list(queue.newest_of("b")) == [ones[4], ones[2], ones[1]]
     assert list(queue.newest_of("d")) == []
+
+
+def test_newcomers_are_the_first_of_who_runs_nothing() -> None:
+    """In the order of turns, one each; those that gave way are none, and are told apart."""
+    queue: WaitingQueue[Waiting] = WaitingQueue()
+    ones = [waiting(client) for client in "abacb"]
+    for one in ones:
+        queue.append(one)
+    assert not queue.has_front
+    queue.push_front(waiting("d"))
+    assert queue.has_front
+    assert list(queue.newcomers(Counter("a").__getitem__)) == [ones[1], ones[3]]
