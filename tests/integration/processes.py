@@ -24,7 +24,7 @@ class Process:
     async def _read(self) -> None:
         assert self.process.stderr is not None
         async for line in self.process.stderr:
-            self.log.append(line.decode().rstrip())
+            self.log.append(line.decode(errors="replace").rstrip())
 
     async def logged(self, text: str, patience_seconds: float = PATIENCE_SECONDS) -> str:
         """The first line that holds the text, as soon as it is there."""

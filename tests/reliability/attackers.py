@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Final
@@ -94,10 +96,41 @@ async def streams(address: str, num_streams: str) -> int:
     return 0
 
 
+async def sockets(address: str, num_sockets: str) -> int:
+    """Opens so many sockets and says nothing on them. Says `opened` when all are, and ends when the daemon has closed them."""
+    async with contextlib.AsyncExitStack() as stack:
+        readers = []
+        for _ in range(int(num_sockets)):
+            reader, writer = await dial(address)
+            stack.callback(writer.close)
+            readers.append(reader)
+        print("opened", flush=True)
+        await asyncio.gather(*map(swallow, readers))
+    return int(num_sockets)
+
+
+async def sessions(address: str, first_seed: str, num_sessions: str) -> int:
+    """Sessions of damaged frames, a few at a time. Says how they went on as JSON."""
+    from tests.reliability.test_frames import NUM_AT_ONCE, play
+
+    seeds = iter(range(int(first_seed), int(first_seed) + int(num_sessions)))
+    ends: Counter[str] = Counter()
+
+    async def work() -> None:
+        for seed in seeds:
+            ends[await play(address, seed)] += 1
+
+    await asyncio.gather(*(work() for _ in range(NUM_AT_ONCE)))
+    print(json.dumps(ends), flush=True)
+    return ends.total()
+
+
 KINDS: Final[dict[str, Callable[..., Coroutine[None, None, int]]]] = {
     "resets": resets,
     "pings": pings,
     "streams": streams,
+    "sockets": sockets,
+    "sessions": sessions,
 }
 
 

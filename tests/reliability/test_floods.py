@@ -7,19 +7,21 @@ docs/reliability.md are from there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import struct
 import time
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from typing import Final
 
 import pytest
+from grpc_health.v1 import health_pb2
 
-from hotgraph.v1.inference_service_pb2 import GenerateRequest
+from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from tests.integration.harness import Caller, eventually
 from tests.reliability.attackers import GENERATE, attacker, count
 from tests.reliability.probe import Health, percentile, probed, token_gaps
 from tests.reliability.victims import Victim, is_free, victim
-from tests.reliability.wire import dial, wire
+from tests.reliability.wire import END_HEADERS, HEADERS, RST_STREAM, frame, literal_headers, wire
 
 COMPLETE: Final = "/hotgraph.v1.InferenceService/Complete"
 CI_MILLIS: Final = 1000.0
@@ -56,6 +58,37 @@ async def test_rapid_resets() -> None:
     assert health.p99 < CI_MILLIS
 
 
+async def test_health_does_not_stand_behind_a_flood() -> None:
+    """Thousands of calls, reset at once, come in before both: a short completion waits for its turn, who asks for health has
+    a queue of its own."""
+    block, cancel = literal_headers(GENERATE), struct.pack(">I", 8)
+    async with victim() as daemon, Caller(daemon.address) as caller, AsyncExitStack() as stack:
+        await caller.check_alive()
+        flood = b"".join(
+            frame(HEADERS, END_HEADERS, stream_id, block) + frame(RST_STREAM, 0, stream_id, cancel)
+            for stream_id in range(1, 2001, 2)
+        )
+
+        async def millis(call: Awaitable[object]) -> float:
+            begin = time.monotonic()
+            await call
+            return (time.monotonic() - begin) * 1000
+
+        health: list[float] = []
+        completions: list[float] = []
+        for _ in range(3):
+            connections = [await stack.enter_async_context(wire(daemon.address)) for _ in range(5)]
+            for connection in connections:
+                connection.writer.write(flood)
+            await asyncio.gather(*(connection.writer.drain() for connection in connections))
+            checked = millis(caller.health.Check(health_pb2.HealthCheckRequest(), timeout=10.0))
+            completed = millis(caller.inference.Complete(CompleteRequest(text="x", max_tokens=1), timeout=10.0))
+            for found, took in zip((completions, health), await asyncio.gather(completed, checked), strict=True):
+                found.append(took)
+        print(f"health {[round(each) for each in health]} ms, completions {[round(each) for each in completions]} ms")
+        assert sum(health) < sum(completions) / 2
+
+
 @pytest.mark.soak
 async def test_rapid_resets_harm_an_unbounded_server() -> None:
     """The control: with the library's own limits honest calls are cancelled, and some still after the flood."""
@@ -74,25 +107,17 @@ async def test_rapid_resets_at_full_rate(max_streams: int) -> None:
 
 
 async def hold_sockets(daemon: Victim, caller: Caller, num_sockets: int, patience_seconds: float) -> Health:
-    """Sockets that are opened and say nothing. Raises when the daemon has not closed them in time."""
+    """Sockets that another process opens and says nothing on. Raises when the daemon has not closed them in time."""
     base_files, base_bytes = daemon.num_files, daemon.resident_bytes
-    async with AsyncExitStack() as stack, probed(caller) as health:
-        readers = []
+    async with probed(caller) as health, attacker("sockets", daemon.address, num_sockets) as running:
         begin = time.monotonic()
-        for _ in range(num_sockets):
-            reader, writer = await dial(daemon.address)
-            stack.callback(writer.close)
-            readers.append(reader)
+        assert running.stdout is not None
+        assert await running.stdout.readline() == b"opened\n"
         await asyncio.sleep(0.1)
         num_held = daemon.num_files - base_files
         held_bytes = daemon.resident_bytes - base_bytes
-
-        async def closed(reader: asyncio.StreamReader) -> None:
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-
         async with asyncio.timeout(patience_seconds):
-            await asyncio.gather(*map(closed, readers))
+            assert await count(running) == num_sockets
         seconds = time.monotonic() - begin
     await eventually(lambda: daemon.num_files <= base_files + 2)
     print(

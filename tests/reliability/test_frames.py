@@ -6,6 +6,7 @@ A session is a handful of moves, each a game of its own or damaged bytes of a go
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import struct
 import time
@@ -19,7 +20,7 @@ from grpc_health.v1 import health_pb2
 
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
 from tests.integration.harness import Caller
-from tests.reliability.attackers import PREFACE
+from tests.reliability.attackers import PREFACE, attacker
 from tests.reliability.probe import Health, probed
 from tests.reliability.victims import is_free, victim
 from tests.reliability.wire import (
@@ -144,20 +145,17 @@ async def play(address: str, seed: int) -> str:
 
 
 async def fuzz(first_seed: int, num_sessions: int) -> Health:
-    """So many sessions, a few at a time; the daemon must be whole afterwards."""
+    """So many sessions from a process of their own, a few at a time; the daemon must be whole afterwards."""
     async with victim() as daemon, Caller(daemon.address) as caller:
         await caller.check_alive()
         before_bytes, before_files = daemon.resident_bytes, daemon.num_files
-        seeds = iter(range(first_seed, first_seed + num_sessions))
-        ends: Counter[str] = Counter()
-
-        async def work() -> None:
-            for seed in seeds:
-                ends[await play(daemon.address, seed)] += 1
-
         begin = time.monotonic()
-        async with probed(caller) as health:
-            await asyncio.gather(*(work() for _ in range(NUM_AT_ONCE)))
+        async with (
+            probed(caller) as health,
+            attacker("sessions", daemon.address, first_seed, num_sessions) as running,
+        ):
+            output, _ = await running.communicate()
+        ends = Counter(json.loads(output.splitlines()[0]))
         seconds = time.monotonic() - begin
         await is_free(caller)
         await caller.check_alive()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -53,6 +53,8 @@ GRAPH_SERVICE: Final = graph_service_pb2.DESCRIPTOR.services_by_name["GraphServi
 ADMIN_SERVICE: Final = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 OUR_SERVICES: Final = (INFERENCE_SERVICE, GRAPH_SERVICE, ADMIN_SERVICE)
 HEALTH_SERVICE: Final = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+OWN_QUEUE: Final = frozenset({f"{HEALTH_SERVICE}/Check"})  # of new calls
 
 KIB: Final = 1024
 QUIET_SECONDS: Final = 0.05  # in which a call that has arrived is taken, on a busy machine, too
@@ -116,14 +118,20 @@ def channel_options(settings: ServerSettings) -> list[tuple[str, int]]:
 class _WithoutRegistration:
     """The server as the generated code sees it, which adds each service twice: as a handler, and method by method.
 
-    Only the first is wanted: for each call the library walks over all methods that were added by the second.
+    The first is enough, and for each call the library walks over all methods that were added by the second. But those have a
+    queue of new calls each, and all others one together: so that whoever asks for health does not stand behind a flood of
+    other calls, that method is added both ways.
     """
 
     def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
         self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
 
-    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
-        """Nothing: the generic handler has them."""
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        """Nothing for most: the generic handler has them."""
+        chosen = {name: handler for name, handler in method_handlers.items() if f"{service_name}/{name}" in OWN_QUEUE}
+        if chosen:
+            self._server.add_registered_method_handlers(service_name, chosen)
 
 
 class RpcServer:
