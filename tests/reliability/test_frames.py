@@ -127,8 +127,11 @@ def session(seed: int) -> bytes:
 
 
 async def play(address: str, seed: int) -> str:
-    """Sends a session and takes what comes for a moment. How it went on: cut off, ended, or still open."""
-    reader, writer = await dial(address)
+    """Sends a session and takes what comes for a moment. How it went on: cut off, ended, still open, or not let in."""
+    try:
+        reader, writer = await dial(address)
+    except ConnectionError:
+        return "not let in"
     try:
         writer.write(session(seed))
         async with asyncio.timeout(0.1):
