@@ -380,10 +380,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-seconds", type=float, default=5.0, help="between two looks at the memory")
     parser.add_argument("--out", type=Path, help="the JSON to write")
     arguments = parser.parse_args(argv)
-    logging.getLogger("graphcache").setLevel(logging.ERROR)  # every capture that is made to fail would be a warning
     report = Report("storm", arguments)
     loaded = make_loaded(arguments.config, device=device_of(arguments), dtype=dtype_of(arguments))
-    run(lambda: storm(arguments, report, loaded))
+    log = logging.getLogger("graphcache")
+    level = log.level
+    log.setLevel(logging.ERROR)  # every capture that is made to fail would be a warning
+    try:
+        run(lambda: storm(arguments, report, loaded))
+    finally:
+        log.setLevel(level)
     say(summary(report.to_dict()))
     return report.finish(arguments.out)
 

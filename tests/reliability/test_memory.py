@@ -29,20 +29,23 @@ NUM_AT_ONCE: Final = 48
 # The fake engine keeps all batches for tests to look at: here only the last. And it remembers what was written to each
 # position of each block, a number of 36 B that would come with the position's first token: here all are there from the first.
 FORGETFUL: Final = """
-own_init, own_step = FakeEngine.__init__, FakeEngine.step
+def forget():
+    own_init, own_step = FakeEngine.__init__, FakeEngine.step
 
-def init(self, *rest, **named):
-    own_init(self, *rest, **named)
-    info = self.info
-    self._checker._blocks.update(
-        {block: [hash((block, position)) for position in range(info.block_size)] for block in range(1, info.num_blocks)}
-    )
+    def init(self, *rest, **named):
+        own_init(self, *rest, **named)
+        info = self.info
+        self._checker._blocks.update(
+            {block: [hash((block, position)) for position in range(info.block_size)] for block in range(1, info.num_blocks)}
+        )
 
-def step(self, batch):
-    self.batches.clear()
-    return own_step(self, batch)
+    def step(self, batch):
+        self.batches.clear()
+        return own_step(self, batch)
 
-FakeEngine.__init__, FakeEngine.step = init, step
+    FakeEngine.__init__, FakeEngine.step = init, step
+
+forget()
 """
 # Every call leaves something behind that nothing frees.
 LEAK: Final = """

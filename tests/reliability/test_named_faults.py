@@ -27,9 +27,9 @@ import pytest
 from graphcache import CaptureError, DeviceLostError, FakeBackend
 from graphcache.backends.fake import FakeCaptured
 from hotgraph.v1.inference_service_pb2 import CompleteRequest, GenerateRequest
-from hotgraph_server import daemon as daemon_module
 from hotgraph_server import logs
 from hotgraph_server.config import LoggingSettings, MetricsSettings
+from hotgraph_server.daemon import daemon as daemon_module
 from hotgraph_server.engine import FakeEngine
 from hotgraph_server.engine import fake as fake_engine
 from hotgraph_server.rpc import RpcServer

@@ -250,7 +250,10 @@ def decode_kernel(
                     top = finite(highest)
                     factor = tl.exp2(part_maximum - top[:, None])
                     factor_of_all = tl.exp2(maximum_of_all - top)
-                    total_of_all = total_of_all * factor_of_all + tl.sum(part_total * factor, axis=1)
+                    # Rounded before it is added: joined with the addition, each thread would add its own product unrounded
+                    # to the rounded one of another, and copies of a total would differ from thread to thread.
+                    weighed = tl.fma(part_total, factor, tl.zeros([heads_at_once, splits_at_once], tl.float32))
+                    total_of_all = total_of_all * factor_of_all + tl.sum(weighed, axis=1)
                     sum_of_all *= factor_of_all[:, None]
                     sum_of_all += tl.sum(part_summed * factor[:, :, None], axis=1)
                     maximum_of_all = highest

@@ -56,3 +56,22 @@ def num_spills(kernel: Any) -> int:
 def spills(kernel: Any) -> bool:
     """Whether a compiled kernel keeps anything in local memory."""
     return num_spills(kernel) > 0
+
+
+def num_joined_with_shuffled(kernel: Any) -> int:
+    """Products whose rounding was left out where a neighbour's number is added to them (PTX `fma` of a `shfl.bfly`).
+
+    Of a sum that all threads of a warp are to hold, each would have its own product unrounded and the others' rounded, so that
+    copies differ from thread to thread.
+    """
+    shuffled: set[str] = set()
+    found = 0
+    for line in kernel.asm["ptx"].splitlines():
+        if shuffle := re.match(r"\s*shfl\.sync\.bfly\S*\s+(%\w+)", line):
+            shuffled.add(shuffle[1])
+        elif move := re.match(r"\s*mov\.b32\s+(%\w+), (%\w+);", line):
+            if move[2] in shuffled:
+                shuffled.add(move[1])
+        elif joined := re.match(r"\s*fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", line):
+            found += joined[1] in shuffled
+    return found

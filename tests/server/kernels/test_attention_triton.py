@@ -14,7 +14,7 @@ from hotgraph_server.kernels.attention_rows import DeviceRows
 from hotgraph_server.kernels.attention_triton import launches, triton_attention
 from hotgraph_server.kernels.few_rows_cuts import tuned
 from tests.server.kernels.before_wait import before_wait
-from tests.server.kernels.compiler import compile_launches, spills
+from tests.server.kernels.compiler import compile_launches, num_joined_with_shuffled, spills
 from tests.server.kernels.interpreter import run_interpreted
 
 
@@ -56,7 +56,10 @@ def test_interpreted_kernels_give_what_the_definition_gives() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8)], ids=["MHA", "GQA"])
 def test_kernels_fit_registers(heads: tuple[int, int], head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For sm_90 all kernels compile in 16 bits: decode with splits and without, tiles; nothing spills."""
+    """For sm_90 all kernels compile in 16 bits: decode with splits and without, tiles; nothing spills.
+
+    And what all threads of a warp add up is the same in all of them.
+    """
     kernels = compile_launches(monkeypatch)
     attend(1, 1, heads, head_dim, pdl=True)
     attend(4, 4, heads, head_dim, pdl=True)
@@ -65,6 +68,7 @@ def test_kernels_fit_registers(heads: tuple[int, int], head_dim: int, monkeypatc
     attend(64, 1, heads, head_dim)
     assert [kernel.name for kernel in kernels] == ["decode_kernel"] * 4 + ["tile_kernel"]
     assert not any(map(spills, kernels))
+    assert not any(map(num_joined_with_shuffled, kernels))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ def test_kernels_compile(
     attend(24, 8, heads, head_dim, dtype, **options)
     assert [kernel.name for kernel in kernels] == ["decode_kernel", "tile_kernel"]
     assert all(kernel.metadata.shared <= 227 * 1024 for kernel in kernels)
+    assert not any(map(num_joined_with_shuffled, kernels))
 
 
 @pytest.mark.parametrize("max_blocks", [8, 1024], ids=["short rows", "long rows"])
