@@ -1475,7 +1475,7 @@ type Receipt struct {
 	NumGraphSteps uint32 `protobuf:"varint,2,opt,name=num_graph_steps,json=numGraphSteps,proto3" json:"num_graph_steps,omitempty"`
 	// Those that ran eagerly.
 	NumEagerSteps uint32 `protobuf:"varint,3,opt,name=num_eager_steps,json=numEagerSteps,proto3" json:"num_eager_steps,omitempty"`
-	// Times a choice lost its place for want of KV blocks and was computed again.
+	// Times a choice lost its place, for want of KV blocks or to a caller that ran nothing, and was computed again.
 	NumPreemptions uint32 `protobuf:"varint,4,opt,name=num_preemptions,json=numPreemptions,proto3" json:"num_preemptions,omitempty"`
 	// One for each (phase, graph or eager, bucket), in the order of first use.
 	StepGroups    []*StepGroup `protobuf:"bytes,5,rep,name=step_groups,json=stepGroups,proto3" json:"step_groups,omitempty"`

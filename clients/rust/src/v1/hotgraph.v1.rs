@@ -1069,7 +1069,7 @@ pub struct Receipt {
     /// Those that ran eagerly.
     #[prost(uint32, tag = "3")]
     pub num_eager_steps: u32,
-    /// Times a choice lost its place for want of KV blocks and was computed again.
+    /// Times a choice lost its place, for want of KV blocks or to a caller that ran nothing, and was computed again.
     #[prost(uint32, tag = "4")]
     pub num_preemptions: u32,
     /// One for each (phase, graph or eager, bucket), in the order of first use.

@@ -721,7 +721,7 @@ export type Receipt = Message<"hotgraph.v1.Receipt"> & {
   numEagerSteps: number;
 
   /**
-   * Times a choice lost its place for want of KV blocks and was computed again.
+   * Times a choice lost its place, for want of KV blocks or to a caller that ran nothing, and was computed again.
    *
    * @generated from field: uint32 num_preemptions = 4;
    */
