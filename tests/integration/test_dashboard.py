@@ -6,7 +6,7 @@ Grafana itself is not here: its variables are put into the expressions as it doe
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import json
 import math
 import re
@@ -127,24 +127,28 @@ async def values_of(server: Prometheus, name: str, **values: str) -> list[str]:
     return await server.label_values(asked[2], asked[1])
 
 
-async def load(served: Serving) -> None:
-    """Calls of all kinds of which a panel tells, and a stream that never ends, until it is cancelled."""
+async def load(served: Serving, is_over: asyncio.Event) -> None:
+    """Calls of all kinds of which a panel tells, and a stream all the time, until it is over.
+
+    Not until it is cancelled: a call of grpc.aio may take that for its own, and all would go on.
+    """
 
     async def stream() -> None:
-        while True:
+        while not is_over.is_set():
             async for _ in served.inference.Generate(GenerateRequest(text="x", max_tokens=500)):
                 pass
 
     async with asyncio.TaskGroup() as group:
         group.create_task(stream())
-        while True:
-            for length in range(30):
-                text = "the same beginning of every prompt, for the prefix cache, and then " + "x" * length
-                call = CompleteRequest(text=text, max_tokens=12)
-                me = (("x-client-id", "me"),)
-                await asyncio.gather(*(served.inference.Complete(call, metadata=me) for _ in range(3)))
-                await refused(served.inference.Complete(CompleteRequest(text=text, max_tokens=0)))
-                await asyncio.sleep(0.05)
+        for length in itertools.cycle(range(30)):
+            if is_over.is_set():
+                return
+            text = "the same beginning of every prompt, for the prefix cache, and then " + "x" * length
+            call = CompleteRequest(text=text, max_tokens=12)
+            me = (("x-client-id", "me"),)
+            await asyncio.gather(*(served.inference.Complete(call, metadata=me) for _ in range(3)))
+            await refused(served.inference.Complete(CompleteRequest(text=text, max_tokens=0)))
+            await asyncio.sleep(0.05)
 
 
 def check(target: Target, series: list[Any]) -> None:
@@ -195,7 +199,8 @@ async def test_every_query_has_an_answer(tmp_path: Path) -> None:
 
         await eventually(are_scraped, PATIENCE_SECONDS)
         await asyncio.sleep(1.5)  # one scrape more, of a daemon that has done nothing
-        loading = asyncio.create_task(load(served))
+        is_over = asyncio.Event()
+        loading = asyncio.create_task(load(served, is_over))
         try:
             await asyncio.sleep(3.0)
             jobs = await values_of(server, "job")
@@ -210,7 +215,6 @@ async def test_every_query_has_an_answer(tmp_path: Path) -> None:
             nowhere = (filled(target.expression, job=chosen(*jobs), instance=chosen("nowhere:1")) for target in found)
             assert not any(await asyncio.gather(*map(server.query, nowhere)))
         finally:
-            loading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await loading
+            is_over.set()
+            await loading
         print(f"{len(found)} queries of {len({one.panel for one in found})} panels have answers")
