@@ -73,7 +73,6 @@ class InvariantLayers(Layers):
         for linear in (linear for layer in self.layers for linear in layer.linears):
             assert isinstance(linear, InvariantLinear)
             linear.try_out(max_tokens)
-        torch.cuda.empty_cache()
 
 
 class ShortInvariantLayers(TileRowsLayers):
