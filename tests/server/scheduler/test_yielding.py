@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hotgraph_server.scheduler.yielding import who_yields
+from tests.server.scheduler.callers import OfCaller, of_caller
 
 
-@dataclass(frozen=True)
-class Request:
-    client: str
-
-
-@dataclass(frozen=True)
-class Ticket:
-    request: Request
-
-
-@dataclass(eq=False)
-class Running:
-    """Stands for a sequence of a caller."""
-
-    ticket: Ticket
-
-
-def running(clients: str) -> list[Running]:
-    return [Running(Ticket(Request(client))) for client in clients]
+def running(clients: str) -> list[OfCaller]:
+    return [of_caller(client) for client in clients]
 
 
 def test_the_newest_of_who_has_most_yields_first() -> None:
