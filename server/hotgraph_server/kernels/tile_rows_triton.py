@@ -36,7 +36,7 @@ def readable_rows(x: torch.Tensor, wanted: int) -> int:
     """`wanted` where the memory of x goes on for so many rows, else as many as x has. x: [M, in], contiguous.
 
     What stands there is multiplied and left: a result is made of one row. Told of the rows that exist, the copy engine fills
-    the others with zeros itself, and takes up to a third longer for that (48 rows of 64 on an H200).
+    the others with zeros itself, and takes up to a third longer for that (40 rows in room for 64 on an H200).
     """
     num_rows, num_inputs = x.shape
     if num_rows == wanted:
